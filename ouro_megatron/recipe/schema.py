@@ -1,0 +1,205 @@
+"""What a recipe may say. Every field is checked; an unknown one is an error.
+
+The schema holds values and single-field limits. Rules that tie fields together live in `validate.py`,
+reading files and `extends` in `load.py`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ouro_megatron.recipe.spans import Amount, Span
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelSection(Section):
+    """The looped model: `layers` unique layers used `loops` times (arXiv 2510.25741, section 3)."""
+
+    layers: PositiveInt
+    hidden: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt | None = None
+    """Key/value heads; as many as `heads` when absent (multi-head attention, as in Ouro)."""
+    head_dim: PositiveInt | None = None
+    """hidden / heads when absent."""
+    ffn: PositiveInt
+    vocab: PositiveInt
+    loops: PositiveInt
+    """T, the loops used in training and evaluation; generation may use more."""
+    rope_base: PositiveFloat = 10_000.0
+    norm_eps: PositiveFloat = 1e-6
+    init_std: PositiveFloat = 0.02
+    implementation: Literal["local", "transformer_engine"] = "local"
+    """Layer spec: `local` runs anywhere, `transformer_engine` needs CUDA and the `gpu` extra."""
+
+
+class BlendEntry(Section):
+    """One source of a blend: Megatron's .bin/.idx pair at `path` (without the suffix)."""
+
+    path: Path
+    weight: PositiveFloat
+    name: str | None = None
+    """Shown in logs and reports; the file name when absent."""
+
+
+class DataSection(Section):
+    sequence_length: PositiveInt
+    tokenizer: Path
+    """Folder with tokenizer.json, as data preparation wrote it."""
+    train: Annotated[list[BlendEntry], Field(min_length=1)]
+    validation: list[BlendEntry] = []
+    cache: Path | None = None
+    """Folder for Megatron's sample indices; beside the run when absent."""
+    mask_end_of_document: bool = False
+    """Leave the label after an end-of-document token out of the loss."""
+
+
+class ObjectiveSection(Section):
+    kind: Literal["expected_loss", "gate"] = "expected_loss"
+    """`expected_loss`: stage I, all weights learn. `gate`: stage II, only the exit gate learns."""
+    prior: Literal["uniform", "geometric"] = "uniform"
+    beta: Annotated[float, Field(ge=0.0)] = 0.1
+    """Weight of the entropy (uniform prior) or KL (geometric prior) term."""
+    eta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Parameter of the geometric prior."""
+    gate_slope: PositiveFloat = 50.0
+    """k of the stage-II label sigmoid(k (I - gamma))."""
+    gate_threshold: float = 0.005
+    """gamma of the stage-II label."""
+    chunk_tokens: PositiveInt = 1024
+    """Tokens whose logits exist at one time in the loss head."""
+
+
+class OptimizerSection(Section):
+    lr: PositiveFloat
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    clip: Annotated[float, Field(ge=0.0)] = 1.0
+    """Global gradient norm; 0 switches clipping off."""
+
+
+class ScheduleSection(Section):
+    kind: Literal["constant", "cosine", "wsd"] = "constant"
+    warmup: Span = Span(tokens=0)
+    decay: Span | None = None
+    """Length of the final decay of `wsd`; refused for the others."""
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """LR at the end of `cosine` and `wsd`."""
+
+
+class RampPoint(Section):
+    after: Span
+    """Position in this stage from which `global_tokens` holds."""
+    global_tokens: Amount
+
+
+class BatchSection(Section):
+    global_tokens: Amount
+    """Tokens of one optimizer step over all ranks: a multiple of the sequence length."""
+    microbatch: PositiveInt = 1
+    """Sequences a data-parallel rank handles at one time."""
+    ramp: list[RampPoint] = []
+    """Later batch sizes, in order: the batch changes between steps once `after` is reached."""
+
+
+class BudgetSection(Section):
+    total: Span
+    """Length of this stage: "3T", "20B tokens" or "1000 steps"."""
+
+
+class ParallelSection(Section):
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    sequence: bool = False
+    """Sequence parallelism inside the tensor-parallel group."""
+    data: PositiveInt | None = None
+    """Data-parallel size; from the number of ranks when absent, checked against it when given."""
+    timeout_seconds: PositiveFloat = 600.0
+    """A collective that waits longer ends the job with a message."""
+
+
+class PrecisionSection(Section):
+    compute: Literal["fp32", "bf16"] = "bf16"
+    """dtype of weights and activations; the optimizer keeps fp32 copies, gradients are reduced in fp32."""
+
+
+class TrainingSection(Section):
+    seed: int = 1234
+    recompute: Literal["none", "full"] = "none"
+    """`full`: every layer's activations are recomputed in backward."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_skipped_steps: PositiveInt = 10
+    """Stop after this many consecutive steps whose loss or gradient was not finite."""
+
+
+class InitSection(Section):
+    """Where the weights come from. Without `checkpoint` they are drawn from `training.seed`."""
+
+    checkpoint: Path | None = None
+    """A checkpoint folder, or a folder of checkpoints (the newest complete one is taken)."""
+    optimizer: bool = False
+    """Carry Adam's moments over; schedule and data position start afresh in every stage."""
+
+
+class CheckpointSection(Section):
+    every: Span = Span(steps=1000)
+    keep_last: PositiveInt = 3
+    permanent_every: Span | None = None
+    """Checkpoints at these points are never deleted."""
+
+
+class EvaluationSection(Section):
+    every: Span | None = None
+    """None: only at the end of the stage, when there is validation data."""
+    batches: PositiveInt = 20
+    """Global batches of validation data."""
+
+
+class WandbSection(Section):
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "ouro-megatron"
+    entity: str | None = None
+    tags: list[str] = []
+
+
+class LoggingSection(Section):
+    every: PositiveInt = 1
+    """Steps between lines."""
+    wandb: WandbSection = WandbSection()
+
+
+class Recipe(Section):
+    """One training stage."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: Path = Path("runs")
+    """The run lives in run_dir/name."""
+    model: ModelSection
+    data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = ScheduleSection()
+    batch: BatchSection
+    budget: BudgetSection
+    parallel: ParallelSection = ParallelSection()
+    precision: PrecisionSection = PrecisionSection()
+    training: TrainingSection = TrainingSection()
+    init: InitSection = InitSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    logging: LoggingSection = LoggingSection()
+
+    @property
+    def run_folder(self) -> Path:
+        return self.run_dir / self.name
