@@ -1,0 +1,35 @@
+"""Errors a user can act on. Each message names the field, file or rank and says what to do."""
+
+
+class OuroError(Exception):
+    """Base of all expected errors: the command prints the message without a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(OuroError):
+    """A recipe that cannot run. Lists every problem found, one a line."""
+
+    exit_code = 2
+
+
+class DataError(OuroError):
+    """Training data that is missing, cut short or does not fit the recipe."""
+
+    exit_code = 3
+
+
+class CheckpointError(OuroError):
+    """A checkpoint that is missing, incomplete, corrupt or of another model."""
+
+    exit_code = 4
+
+
+class TrainingError(OuroError):
+    """Training cannot go on: numbers that are not finite, a dead or stalled rank."""
+
+    exit_code = 5
+
+
+STOPPED_EXIT_CODE = 75
+"""A run that saved and left because it was told to (TERM, USR1): submit it again to go on (EX_TEMPFAIL)."""

@@ -1,0 +1,66 @@
+"""What a run writes down: one JSON object a line in metrics.jsonl, read back by the report."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LoopStats:
+    """Means over the counted tokens. Lists have one entry a loop, loop 1 first."""
+
+    ce: list[float]
+    """Cross-entropy in nats a token of each loop's own prediction."""
+    exit_probability: list[float]
+    entropy: float
+    """Entropy of the exit distribution in nats."""
+    expected_depth: float
+    """sum_t t p_t, between 1 and T."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step."""
+
+    step: int
+    """Steps done in this stage, this one included."""
+    total_steps: int
+    tokens: int
+    """Tokens consumed in this stage, this step included."""
+    total_tokens: int
+    loss: float
+    """The objective that was minimised, per token."""
+    loops: LoopStats
+    grad_norm: float
+    lr: float
+    global_tokens: int
+    """Tokens of this step's global batch."""
+    seconds: float
+    tokens_per_second: float
+    mfu: float | None
+    """Model FLOPs utilisation in 0..1; None where the device's peak is not known (CPU)."""
+    skipped: bool
+    """The update was left out because the loss or gradient was not finite."""
+    skipped_steps: int
+    """Skipped updates in this stage so far."""
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One pass over the validation data."""
+
+    step: int
+    tokens: int
+    loss: float
+    loops: LoopStats
+    batches: int
+
+
+@dataclass(frozen=True)
+class EventRecord:
+    """Something that happened: start, resume, checkpoint, stop, warning."""
+
+    step: int
+    name: str
+    message: str
+
+
+Record = StepRecord | EvalRecord | EventRecord
