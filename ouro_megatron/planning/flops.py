@@ -79,7 +79,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     sparse FP8 over eight GPUs).
     """
     words = device_name.upper().replace("-", " ").split()
-    family = next((name for name in ("A100", "H100", "H200", "B200") if name in words), None)
+    family: str | None = next((name for name in ("A100", "H100", "H200", "B200") if name in words), None)
     if family is None or "MIG" in words:
         return None
     for form in ("PCIe", "NVL"):

@@ -1,0 +1,267 @@
+"""From .bin/.idx pairs to training samples, put together so that sample k stays sample k.
+
+Megatron builds one index for all epochs of a source at once, so asking for more samples reorders the ones already seen.
+Here every epoch of a source is a GPTDataset of its own, seeded by (seed, source, epoch). With Megatron's blending, whose
+choices depend on earlier choices only, sample k is a function of (sources and weights, seed, sequence length, k): a run
+that is made longer sees the same samples up to its old end. The price: the last, partial sample of each epoch is dropped.
+"""
+
+import hashlib
+import math
+import os
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ouro_megatron.data.indexed import PrefixInfo, check_prefix, read_manifest, sha256_of, with_suffix
+from ouro_megatron.data.quiet import quiet_megatron
+from ouro_megatron.data.ranks import agree, from_rank_zero, on_rank_zero, world_size
+from ouro_megatron.data.tokenizer import TextTokenizer
+from ouro_megatron.errors import DataError
+from ouro_megatron.recipe.schema import BlendEntry
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+T = TypeVar("T")
+
+SPLITS = {"train": "train", "validation": "valid", "test": "test"}
+"""Our names of the splits -> Megatron's."""
+
+
+class SampleDataset(Dataset[dict[str, torch.Tensor]]):
+    """`samples` samples of a blend. Item k: tokens int64[s], labels int64[s], loss_mask float32[s]."""
+
+    def __init__(self, blend: "BlendedDataset", names: Sequence[str], infos: Sequence[PrefixInfo]) -> None:
+        self._blend = blend
+        self.names = list(names)
+        self.infos = list(infos)
+
+    def __len__(self) -> int:
+        return len(self._blend)
+
+    def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
+        if not 0 <= k < len(self):
+            raise IndexError(f"sample {k} of {len(self)}: the run asked for fewer samples than it reads")
+        item = self._blend[k]
+        return {name: item[name] for name in ("tokens", "labels", "loss_mask")}
+
+    def source_of(self, k: int) -> str:
+        """Name of the source that sample k comes from."""
+        return self.names[int(self._blend.dataset_index[k])]
+
+    def counts(self) -> dict[str, int]:
+        """Samples taken from each source."""
+        taken = np.bincount(np.asarray(self._blend.dataset_index), minlength=len(self.names))
+        return {name: int(count) for name, count in zip(self.names, taken, strict=True)}
+
+
+class _Epochs(Dataset[dict[str, torch.Tensor]]):
+    """Epochs of one source, one after the other; has what BlendedDataset asks of a MegatronDataset."""
+
+    def __init__(self, epochs: list[Any], identity: str) -> None:
+        self.epochs = epochs
+        self.per_epoch = len(epochs[0])
+        self.index_split = epochs[0].index_split
+        self.unique_identifiers = OrderedDict(
+            identity=identity, epochs=[epoch.unique_identifiers for epoch in self.epochs]
+        )
+
+    def __len__(self) -> int:
+        return len(self.epochs) * self.per_epoch
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        epoch, sample = divmod(int(index), self.per_epoch)
+        return self.epochs[epoch][sample]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """All that one `build_dataset` call needs; the same on every rank."""
+
+    entries: tuple[BlendEntry, ...]
+    infos: tuple[PrefixInfo, ...]
+    identities: tuple[str, ...]
+    sequence_length: int
+    samples: int
+    seed: int
+    tokenizer: TextTokenizer
+    split: str
+    mask_end_of_document: bool
+
+
+def build_dataset(
+    entries: Sequence[BlendEntry],
+    *,
+    sequence_length: int,
+    samples: int,
+    seed: int,
+    tokenizer: TextTokenizer,
+    cache: Path | None,
+    split_name: str,
+    mask_end_of_document: bool = False,
+) -> SampleDataset:
+    """The first `samples` samples of a blend, in the order that `seed` fixes.
+
+    Sample k depends on the content and order of `entries`, their weights, `seed`, `sequence_length` and k; not on
+    `samples`, the paths or the number of ranks. `split_name`: "train", "validation" or "test"; labels the cache only.
+    `mask_end_of_document` sets loss_mask to 0 where the token is the end of a document.
+
+    With torch.distributed initialised this is collective over the default group: rank 0 builds the index files under
+    `cache`, which every node must see (a shared file system), then all ranks map them. A failure on any rank raises
+    DataError on all of them. `cache=None` keeps the indices in memory and works in a single process only.
+    """
+    if split_name not in SPLITS:
+        raise ValueError(f"split_name {split_name!r}: expected one of {', '.join(SPLITS)}")
+    if samples < 1:
+        raise DataError(f"{split_name} data: {samples} samples asked for, at least 1 is needed.")
+    if cache is None and world_size() > 1:
+        raise DataError("data.cache: several ranks need a folder for the sample indices that all of them can read.")
+
+    def prepare() -> tuple[tuple[PrefixInfo, ...], tuple[str, ...]]:
+        infos = tuple(_check_entry(entry, tokenizer, sequence_length) for entry in entries)
+        return infos, tuple(_identity(info) for info in infos)
+
+    infos, identities = from_rank_zero(prepare)
+    request = _Request(
+        entries=tuple(entries),
+        infos=infos,
+        identities=identities,
+        sequence_length=sequence_length,
+        samples=samples,
+        seed=seed,
+        tokenizer=tokenizer,
+        split=SPLITS[split_name],
+        mask_end_of_document=mask_end_of_document,
+    )
+    with quiet_megatron():
+        if cache is None:
+            with tempfile.TemporaryDirectory(prefix="ouro-indices-") as folder:
+                blend = _build(request, Path(folder), keep=False)
+        else:
+            on_rank_zero(lambda: _build(request, cache, keep=True))
+            blend = agree(lambda: _build(request, cache, keep=True), "reading the sample indices")
+    return SampleDataset(blend, [entry.name or entry.path.name for entry in entries], infos)
+
+
+def _check_entry(entry: BlendEntry, tokenizer: TextTokenizer, sequence_length: int) -> PrefixInfo:
+    manifest = read_manifest(entry.path)
+    if manifest is not None and manifest["tokenizer"]["sha256"] != tokenizer.sha256:
+        raise DataError(
+            f"{entry.path}: tokenised with {manifest['tokenizer']['path']}, which is not the tokenizer at "
+            f"{tokenizer.path} (other content). Set data.tokenizer to the former, or prepare the data again."
+        )
+    info = check_prefix(entry.path, tokenizer.vocab_size)
+    if info.tokens <= sequence_length:
+        raise DataError(
+            f"{entry.path}: {info.tokens} tokens do not fill one sample of data.sequence_length + 1 = "
+            f"{sequence_length + 1}. Prepare more data or shorten the sequence."
+        )
+    if info.sequences >= 2**31:
+        raise DataError(f"{entry.path}: {info.sequences} sequences, Megatron's document index holds fewer than 2^31.")
+    return info
+
+
+def _identity(info: PrefixInfo) -> str:
+    """Short name of the content, for cache keys: data made anew at the same path must not meet old indices."""
+    digest = hashlib.sha256(f"{info.dtype}:{info.bin_bytes}:{info.idx_bytes}:".encode())
+    digest.update(sha256_of(with_suffix(info.prefix, ".idx")).encode())
+    return digest.hexdigest()[:20]
+
+
+def _build(request: _Request, cache: Path, *, keep: bool) -> "BlendedDataset":
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+
+    total = sum(entry.weight for entry in request.entries)
+    weights = [entry.weight / total for entry in request.entries]
+    # Megatron's blending takes at most floor(weight * samples) + 1 from a source: it always serves the largest deficit.
+    sources = [
+        _build_epochs(request, number, math.floor(weight * request.samples) + 2, cache, keep=keep)
+        for number, weight in enumerate(weights)
+    ]
+    key = _key(request, *request.identities, str(weights), str(request.samples))
+
+    def build(folder: Path | None) -> "BlendedDataset":
+        return BlendedDataset(sources, list(weights), request.samples, _config(request, request.seed, folder))
+
+    # BlendedDataset reads and writes its cache only under torch.distributed; without it the index is built in memory.
+    if not keep or not torch.distributed.is_initialized():
+        return build(None)
+    return _cached(cache / f"blend-{key}", build)
+
+
+def _build_epochs(request: _Request, number: int, needed: int, cache: Path, *, keep: bool) -> _Epochs:
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+    info, identity = request.infos[number], request.identities[number]
+    per_epoch = (info.tokens - 1) // request.sequence_length
+    indexed = IndexedDataset(str(info.prefix), multimodal=False, mmap=True)
+    sequences = np.arange(info.sequences, dtype=np.int32)
+
+    def epoch(seed: int) -> Any:
+        def build(folder: Path | None) -> GPTDataset:
+            # The identity stands for the path: it enters Megatron's key, which must not see where the data lies.
+            config = _config(request, seed, folder)
+            return GPTDataset(indexed, identity, sequences, None, Split[request.split], config)
+
+        name = f"source-{_key(request, identity, str(seed))}"
+        return _cached(cache / name, build) if keep else build(cache / name)
+
+    epochs = [epoch(_epoch_seed(request.seed, number, index)) for index in range(-(-needed // per_epoch))]
+    return _Epochs(epochs, identity)
+
+
+def _epoch_seed(seed: int, source: int, epoch: int) -> int:
+    """Seed of numpy's RandomState, below 2^32."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{source}/{epoch}".encode()).digest()[:4], "little")
+
+
+def _key(request: _Request, *parts: str) -> str:
+    text = "\n".join([request.split, str(request.sequence_length), str(request.seed), *parts])
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _config(request: _Request, seed: int, folder: Path | None) -> "GPTDatasetConfig":
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    prefixes = [str(info.prefix) for info in request.infos]
+    return GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=request.sequence_length,
+        blend_per_split=[(prefixes, None), None, None],
+        path_to_cache=None if folder is None else str(folder),
+        tokenizer=request.tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=request.mask_end_of_document,
+        create_attention_mask=False,
+    )
+
+
+def _cached(folder: Path, build: Callable[[Path], T]) -> T:
+    """Builds into a temporary folder that takes its name when whole; then opens it, memory-mapped.
+
+    Megatron writes its index files in place: a process killed half-way would leave a short one that is trusted later.
+    """
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            build(partial)
+            os.replace(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not folder.exists():  # else another process was first, and its files are the same
+                raise
+    return build(folder)

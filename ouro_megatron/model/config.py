@@ -1,0 +1,63 @@
+"""From a recipe's model section to Megatron-Core's TransformerConfig."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ouro_megatron.recipe.schema import ModelSection, ParallelSection
+
+
+def head_dim(model: ModelSection) -> int:
+    return model.head_dim or model.hidden // model.heads
+
+
+def transformer_config(
+    model: ModelSection,
+    parallel: ParallelSection,
+    *,
+    dtype: torch.dtype,
+    recompute: str = "none",
+    device: torch.device,
+) -> TransformerConfig:
+    """Config of one pipeline rank's layers. Megatron sees L layers over `pipeline` ranks and knows nothing of loops.
+
+    Weights are made empty (`perform_initialization=False`): `model.init` or a checkpoint fills them.
+    Losses are summed over tokens and divided by the global count once (`calculate_per_token_loss`).
+    """
+    on_cpu = device.type == "cpu"
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads or model.heads,
+        kv_channels=head_dim(model),
+        ffn_hidden_size=model.ffn,
+        layernorm_epsilon=model.norm_eps,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        perform_initialization=False,
+        use_cpu_initialization=on_cpu,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        recompute_granularity="full" if recompute == "full" else None,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        # The batched path pairs sends and receives wrongly when the previous and next rank are the same (PP=2).
+        overlap_p2p_comm=parallel.pipeline > 1,
+        batch_p2p_comm=parallel.pipeline <= 1,
+    )

@@ -1,0 +1,141 @@
+"""The sandwich-norm layer and its specs: a norm before and after each sub-layer, inside the residual branch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from ouro_megatron.errors import RecipeError
+from ouro_megatron.model.attention import ScaledDotProductAttention
+from ouro_megatron.model.norm import RMSNorm
+from ouro_megatron.recipe.schema import ModelSection
+
+
+@dataclass
+class SandwichSubmodules(TransformerLayerSubmodules):
+    """Megatron's layer parts plus the two norms that follow the sub-layers."""
+
+    post_attention_norm: ModuleSpec | type = IdentityOp
+    post_mlp_norm: ModuleSpec | type = IdentityOp
+
+
+class SandwichLayer(TransformerLayer):
+    """x = x + norm_2(attention(norm_1(x))); x = x + norm_4(mlp(norm_3(x))) (Ouro's published checkpoints)."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SandwichSubmodules,
+        layer_number: int = 1,
+        hidden_dropout: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, hidden_dropout, pg_collection, vp_stage)
+        norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        self.post_attention_norm = build_module(submodules.post_attention_norm, **norm)
+        self.post_mlp_norm = build_module(submodules.post_mlp_norm, **norm)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, h] (s / tensor_parallel under sequence parallelism) -> the same shape, and `context`.
+
+        Keeps the argument order of Megatron's layer: full recomputation passes these by position.
+        """
+        attention, _ = self.self_attention(
+            self.input_layernorm(hidden_states), attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
+        )
+        hidden_states = hidden_states + self.post_attention_norm(attention)
+        mlp, _ = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return hidden_states + self.post_mlp_norm(mlp), context
+
+
+def local_block(num_layers: int) -> TransformerBlockSubmodules:
+    """`num_layers` sandwich layers and a final norm, runnable on CPU and GPU without extra packages."""
+    layer = ModuleSpec(
+        module=SandwichLayer,
+        submodules=SandwichSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=ScaledDotProductAttention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            post_attention_norm=RMSNorm,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            post_mlp_norm=RMSNorm,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
+    """The same block on Transformer Engine's linears, norms and attention. Parameter names equal the local block's.
+
+    Raises RecipeError when Transformer Engine is not installed.
+    """
+    try:
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TEDotProductAttention,
+            TENorm,
+            TERowParallelLinear,
+        )
+    except ImportError as error:
+        raise RecipeError(
+            "model.implementation: transformer_engine is not installed on this machine "
+            "(pip install 'ouro-megatron[gpu]' on a CUDA machine) or use model.implementation=local"
+        ) from error
+    layer = ModuleSpec(
+        module=SandwichLayer,
+        submodules=SandwichSubmodules(
+            input_layernorm=TENorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=TEColumnParallelLinear,
+                    core_attention=TEDotProductAttention,
+                    linear_proj=TERowParallelLinear,
+                ),
+            ),
+            post_attention_norm=TENorm,
+            pre_mlp_layernorm=TENorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
+            ),
+            post_mlp_norm=TENorm,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
+
+
+def block_spec(model: ModelSection, num_layers: int) -> TransformerBlockSubmodules:
+    """The block spec `model.implementation` asks for."""
+    if model.implementation == "transformer_engine":
+        return transformer_engine_block(num_layers)
+    return local_block(num_layers)

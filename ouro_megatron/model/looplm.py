@@ -1,0 +1,185 @@
+"""LoopLM: one pipeline rank's part of a looped language model, on Megatron-Core's layers. Knows nothing of training.
+
+    h_0 = embed(tokens);  h_t = final_norm(layers(h_{t-1}));  logits_t = head(h_t);  lambda_t = sigmoid(gate(h_t))
+
+The layers exist once; `loops` is whatever the caller asks for. The normed state feeds the next loop (published
+checkpoints of arXiv 2510.25741).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor, nn
+
+from ouro_megatron.model.attention import CacheSlot, rotary_embedding
+from ouro_megatron.model.config import head_dim, transformer_config
+from ouro_megatron.model.layer import block_spec
+from ouro_megatron.model.layout import Split, split_of, take_shard, whole_shape
+from ouro_megatron.parallel.context import ParallelContext
+from ouro_megatron.recipe.schema import ModelSection, ParallelSection
+
+
+class ExitGate(nn.Module):
+    """Linear(hidden, 1) with bias, one for all loops. Logits are fp32 or wider: they feed log-space survival."""
+
+    def __init__(self, hidden: int, dtype: torch.dtype, device: torch.device, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+        for parameter in (self.weight, self.bias):
+            # Each tensor-parallel rank sees its own tokens then, so Megatron must add the gradients up.
+            parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, h_sbh: Tensor) -> Tensor:
+        """[s, b, h] -> gate logits [s, b]."""
+        wide = torch.promote_types(h_sbh.dtype, torch.float32)
+        return F.linear(h_sbh.to(wide), self.weight.to(wide), self.bias.to(wide)).squeeze(-1)
+
+
+class LoopLM(MegatronModule):
+    """Embedding on the first pipeline rank, L/p layers on each, final norm, gate and head on the last."""
+
+    def __init__(
+        self,
+        model: ModelSection,
+        context: ParallelContext,
+        *,
+        dtype: torch.dtype = torch.float32,
+        recompute: str = "none",
+    ) -> None:
+        parallel = ParallelSection(
+            tensor=context.tensor_size, pipeline=context.pipeline_size, sequence=context.sequence_parallel
+        )
+        config = transformer_config(model, parallel, dtype=dtype, recompute=recompute, device=context.device)
+        super().__init__(config=config)
+        self.model = model
+        self.context = context
+        self.dtype = dtype
+        groups = context.groups
+        # Megatron's gradient reduction asks which end of the pipeline this is and whether the head is tied.
+        self.pre_process, self.post_process = context.is_first_stage, context.is_last_stage
+        self.share_embeddings_and_output_weights = False
+        self.embedding: LanguageModelEmbedding | None = None
+        if context.is_first_stage:
+            self.embedding = LanguageModelEmbedding(
+                config, model.vocab, max_sequence_length=0, position_embedding_type="rope", tp_group=groups.tp
+            )
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(model, model.layers // context.pipeline_size),
+            pre_process=True,
+            post_process=context.is_last_stage,
+            pg_collection=groups,
+        )
+        self.output_layer: ColumnParallelLinear | None = None
+        self.exit_gate: ExitGate | None = None
+        if context.is_last_stage:
+            self.exit_gate = ExitGate(model.hidden, dtype, context.device, context.sequence_parallel)
+            self.output_layer = ColumnParallelLinear(
+                model.hidden,
+                model.vocab,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                tp_group=groups.tp,
+            )
+        self._mark_tensor_parallel()
+
+    def _mark_tensor_parallel(self) -> None:
+        """Says which parameters are cut over ranks. Megatron does so while initialising, which is skipped here;
+        without it the gradient norm would count shards as copies."""
+        for name, parameter in self.named_parameters():
+            split = split_of(name)
+            if split is not Split.WHOLE and not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(
+                    parameter, True, dim=1 if split is Split.COLUMNS else 0, stride=2 if split is Split.ROW_PAIRS else 1
+                )
+
+    def embed(self, tokens_bs: Tensor) -> Tensor:
+        """tokens int64 [b, s] -> h_0 [s, b, h] (s / tensor_parallel under sequence parallelism). First rank only."""
+        assert self.embedding is not None, "embed is the first pipeline rank's"
+        return self.embedding(tokens_bs, None)
+
+    def rotary(self, positions_s: Tensor) -> Tensor:
+        """RoPE angles for these positions, the same in every loop; see `rotary_embedding`."""
+        return rotary_embedding(positions_s, head_dim(self.model), self.model.rope_base)
+
+    def run_layers(self, h_sbh: Tensor, rotary: Tensor, slots: list[CacheSlot] | None = None) -> Tensor:
+        """One visit of this rank's layers: [s, b, h] -> [s, b, h], with the final norm on the last pipeline rank.
+
+        `slots`, one a layer of this rank, are the cache entries of the current loop when decoding.
+        """
+        if slots is None:
+            return self.decoder(hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary)
+        holders = [layer.self_attention.core_attention.holder for layer in self.decoder.layers]
+        for holder, slot in zip(holders, slots, strict=True):
+            holder.slot = slot
+        try:
+            return self.decoder(hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary)
+        finally:
+            for holder in holders:
+                holder.slot = None
+
+    def gate_logits(self, h_sbh: Tensor) -> Tensor:
+        """Gate logits [s, b], fp32 or wider, of all tokens on every tensor-parallel rank. Last pipeline rank only."""
+        assert self.exit_gate is not None, "the gate is the last pipeline rank's"
+        logits = self.exit_gate(h_sbh)
+        if self.context.sequence_parallel:
+            # Every rank computes the same from the gathered logits, so the backward is a split, not a sum.
+            logits = gather_from_sequence_parallel_region(
+                logits, tensor_parallel_output_grad=False, group=self.context.groups.tp
+            )
+        return logits
+
+    def full_logits(self, h_sbh: Tensor) -> Tensor:
+        """Logits [s, b, vocab] on every tensor-parallel rank: for generation. Last pipeline rank only."""
+        assert self.output_layer is not None, "the head is the last pipeline rank's"
+        logits, _ = self.output_layer(h_sbh)
+        return gather_from_tensor_model_parallel_region(logits, group=self.context.groups.tp)
+
+    def named_global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters under layout-independent names: layers are numbered over the whole pipeline."""
+        offset = self.context.pipeline_rank * len(self.decoder.layers)
+        for name, parameter in self.named_parameters():
+            if name.startswith("decoder.layers."):
+                _, _, index, rest = name.split(".", 3)
+                name = f"decoder.layers.{int(index) + offset}.{rest}"
+            yield name, parameter
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """Layers are stored one by one, so that a deeper model can be made by copying names."""
+        return super().sharded_state_dict(prefix, sharded_offsets, {**(metadata or {}), "non_homogeneous_layers": True})
+
+
+@torch.no_grad()
+def initialise(lm: LoopLM, seed: int) -> None:
+    """Draws all weights: matrices N(0, init_std), norms 1, the gate 0 (so lambda_t = 1/2 at the start).
+
+    Each tensor's draw depends on the seed and its global name alone, so every parallel layout starts from the same
+    weights.
+    """
+    for name, parameter in lm.named_global_parameters():
+        if name.startswith("exit_gate."):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            size = lm.context.tensor_size
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            whole = torch.empty(whole_shape(name, parameter, size)).normal_(0.0, lm.model.init_std, generator=generator)
+            parameter.copy_(take_shard(name, whole, lm.context.tensor_rank, size))

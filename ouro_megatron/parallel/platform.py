@@ -1,0 +1,144 @@
+"""Runs Megatron-Core on a machine without CUDA. The only module that patches the library.
+
+Megatron-Core names CUDA in a few places that have an exact CPU equal: the current device, synchronisation, the
+random state, tensors made with device="cuda", and type names such as "torch.cuda.FloatTensor". `activate_cpu`
+answers those; on a CUDA platform nothing here is ever called. tests/parallel/test_platform.py fails when an upgrade
+of Megatron-Core moves what is patched.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, ContextManager, Literal
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ouro_megatron.errors import TrainingError
+
+_CPU = torch.device("cpu")
+_CUDA_TYPE_NAMES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where tensors live and which backend connects the ranks."""
+
+    device: torch.device
+    backend: Literal["gloo", "nccl"]
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    def megatron_calls(self) -> ContextManager[Any]:
+        """Context for calls into Megatron-Core that build or step an optimizer: there it asks tensors for CUDA types."""
+        return _CudaNamesOnCpu() if self.is_cpu else nullcontext()
+
+
+class _CudaNamesOnCpu(TorchFunctionMode):
+    """device="cuda" means the CPU, Tensor.cuda() is the identity, Tensor.type() answers with the CUDA name."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs = {**kwargs, "device": _CPU}
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return _CUDA_TYPE_NAMES.get(result, result)
+        return result
+
+
+class _TorchOnCpu(ModuleType):
+    """Stands in for the name `torch` inside one Megatron module: factories asked for "cuda" make CPU tensors.
+
+    Used where a function mode would sit around the whole forward and backward pass and slow every operator.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        if name in ("zeros", "tensor", "empty", "ones"):
+            return _on_cpu(value)
+        return value
+
+
+@lru_cache(maxsize=None)
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def activate_cpu() -> None:
+    """Lets Megatron-Core run on CPU tensors in this process. Does nothing the second time.
+
+    Raises TrainingError when CUDA has been initialised: the two do not mix in one process.
+    """
+    if torch.cuda.is_initialized():
+        raise TrainingError("this process has used CUDA already; start a new one with training.device=cpu")
+    import megatron.core.tensor_parallel.random as megatron_random
+    from megatron.core.pipeline_parallel import schedules
+
+    if isinstance(schedules.torch, _TorchOnCpu):
+        return
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = lambda device=None: None
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = get_state
+    cuda.set_rng_state = set_state
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+    schedules.torch = _TorchOnCpu()
+
+
+def choose_platform(device: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> Platform:
+    """The platform a process runs on; binds the process to its GPU or prepares Megatron-Core for the CPU.
+
+    Raises TrainingError when CUDA is asked for and absent, or has fewer devices than local ranks.
+    """
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        if not torch.cuda.is_available():
+            raise TrainingError("training.device is cuda but this machine has no usable GPU: set training.device=cpu")
+        if local_rank >= torch.cuda.device_count():
+            raise TrainingError(
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; "
+                "start at most one rank a GPU or widen CUDA_VISIBLE_DEVICES"
+            )
+        torch.cuda.set_device(local_rank)
+        return Platform(torch.device("cuda", local_rank), "nccl")
+    activate_cpu()
+    return Platform(_CPU, "gloo")
+
+
+@contextmanager
+def quiet_megatron() -> Iterator[None]:
+    """Keeps Megatron-Core's import-time warnings about absent optional packages off the console."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

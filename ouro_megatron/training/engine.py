@@ -1,0 +1,242 @@
+"""Model, gradients and optimizer of one rank: one training step, one evaluation pass."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from torch import Tensor
+
+from ouro_megatron.model.looplm import LoopLM
+from ouro_megatron.objective.head import HeadGroup
+from ouro_megatron.objective.loop_loss import LoopLoss, LossParts
+from ouro_megatron.objective.losses import LoopMeans, LoopSums
+from ouro_megatron.parallel.context import ParallelContext
+from ouro_megatron.parallel.loop_pipeline import JoinLoopGradient, LoopPipeline, LoopView
+from ouro_megatron.parallel.position import Position
+from ouro_megatron.recipe.schema import ObjectiveSection, OptimizerSection
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One data-parallel rank's share of one forward pass, on the device."""
+
+    tokens_bs: Tensor
+    labels_bs: Tensor
+    mask_bs: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global means of one step, the same on every rank."""
+
+    means: LoopMeans
+    grad_norm: float
+    skipped: bool
+    """The loss or a gradient was not finite: the weights were left alone."""
+
+
+class Engine:
+    """Everything that runs on the device for one recipe. Knows nothing of files, schedules or logs."""
+
+    def __init__(
+        self,
+        lm: LoopLM,
+        context: ParallelContext,
+        objective: ObjectiveSection,
+        optimizer: OptimizerSection,
+        *,
+        loops: int,
+        position: Position | None = None,
+    ) -> None:
+        self.lm = lm
+        self.context = context
+        self.objective = objective
+        self.loops = loops
+        self.position = position or Position()
+        self.clip = optimizer.clip
+        self.keep_whole_gradients = False
+        """Leave every data-parallel rank with all reduced gradients, not only its optimizer shard: to inspect them."""
+        if objective.kind == "gate":
+            for name, parameter in lm.named_parameters():
+                parameter.requires_grad_(name.startswith("exit_gate."))
+        with context.platform.megatron_calls():
+            self.ddp = DistributedDataParallel(
+                config=lm.config,
+                ddp_config=DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+                ),
+                module=lm,
+                pg_collection=context.groups,
+            )
+            self.optimizer = _build_optimizer(optimizer, self.ddp, context, lm.dtype)
+        self.pipeline = LoopPipeline(lm.config, context, loops)
+
+    def train_step(self, batches: list[Microbatch], lr: float) -> StepResult:
+        """One optimizer step over this rank's microbatches. All ranks call it together.
+
+        Gradients are of the objective summed over tokens, divided once by the global number of counted tokens.
+        """
+        self.position.phase = "forward and backward"
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        means = self._run(batches, training=True).means()
+        self._reduce_gradients(means.tokens)
+        self.position.phase = "optimizer step"
+        with self.context.platform.megatron_calls():
+            return self._update(means, lr)
+
+    def evaluate(self, batches: list[Microbatch], loops: int | None = None) -> LoopSums:
+        """Sums over all ranks' microbatches without gradients, the same on every rank. All ranks call it together."""
+        self.position.phase = "evaluation"
+        self.ddp.eval()
+        pipeline = self.pipeline if loops in (None, self.loops) else None
+        if pipeline is None:
+            pipeline = LoopPipeline(self.lm.config, self.context, loops or self.loops)
+        return self._run(batches, training=False, pipeline=pipeline, loops=loops or self.loops)
+
+    def _run(
+        self,
+        batches: list[Microbatch],
+        *,
+        training: bool,
+        pipeline: LoopPipeline | None = None,
+        loops: int | None = None,
+    ) -> LoopSums:
+        loops = loops or self.loops
+        forward = _LoopedForward(self, loops, training=training)
+        frozen = self.objective.kind == "gate"
+        first = batches[0].tokens_bs
+        with torch.set_grad_enabled(training and not frozen):
+            collected = (pipeline or self.pipeline).run(
+                forward,
+                batches,
+                sequence_length=first.shape[1],
+                microbatch_size=first.shape[0],
+                forward_only=frozen or not training,
+            )
+        sums = LoopSums.zeros(loops, self.context.device)
+        for part in collected:
+            sums = sums + part
+        vector = self.context.from_last_stage(self.context.sum_over_data(sums.to_tensor()))
+        return LoopSums.from_tensor(vector, loops)
+
+    def _reduce_gradients(self, tokens: float) -> None:
+        """One gradient reduction for the whole step, then division by the global token count."""
+        finalize_model_grads(
+            [self.ddp], None, pg_collection=self.context.groups, force_all_reduce=self.keep_whole_gradients
+        )
+        if tokens > 0:
+            self.ddp.scale_gradients(1.0 / tokens)
+
+    @torch.no_grad()
+    def _update(self, means: LoopMeans, lr: float) -> StepResult:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not (math.isfinite(means.loss) and math.isfinite(norm)):
+            return StepResult(means, norm, skipped=True)
+        if self.clip > 0.0:
+            scale = self.clip / (norm + 1.0e-6)
+            if scale < 1.0:
+                for parameter in self.optimizer.get_parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(scale)
+        self.optimizer.step_with_ready_grads()
+        return StepResult(means, norm, skipped=False)
+
+
+def _build_optimizer(
+    settings: OptimizerSection, ddp: DistributedDataParallel, context: ParallelContext, dtype: torch.dtype
+) -> Any:
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        clip_grad=settings.clip,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+    return get_megatron_optimizer(
+        config,
+        [ddp],
+        config_overrides=get_standard_config_overrides(config),
+        use_gloo_process_groups=False,
+        pg_collection=context.groups,
+    )
+
+
+class _LoopedForward:
+    """The forward step the schedule calls for each (view, microbatch)."""
+
+    def __init__(self, engine: Engine, loops: int, *, training: bool) -> None:
+        self._engine = engine
+        self._lm = engine.lm
+        self._loops = loops
+        self._training = training
+        self._losses: dict[int, LoopLoss] = {}
+        self._rotary: Tensor | None = None
+
+    def __call__(self, batches: Iterator[tuple[int, Microbatch]], view: LoopView) -> tuple[Tensor, Any]:
+        index, batch = next(batches)
+        context, position = self._engine.context, self._engine.position
+        position.microbatch = index
+        if view.loops.start == 0 and context.is_first_stage:
+            h_sbh = self._lm.embed(batch.tokens_bs)
+        else:
+            assert view.received is not None
+            h_sbh = view.received
+        if self._rotary is None:
+            self._rotary = self._lm.rotary(torch.arange(batch.tokens_bs.shape[1], device=context.device))
+        for loop in view.loops:
+            position.loop = loop + 1
+            h_sbh = self._lm.run_layers(h_sbh, self._rotary)
+            if context.is_last_stage:
+                h_sbh = self._add_loss(index, batch, h_sbh, leaves=loop == view.loops[-1] and loop + 1 < self._loops)
+        if not context.is_last_stage or view.loops[-1] + 1 < self._loops:
+            return h_sbh, None
+        # The gate objective runs without a graph through the model: its own short one ends here.
+        gate_only = self._training and self._engine.objective.kind == "gate"
+        with torch.set_grad_enabled(gate_only or torch.is_grad_enabled()):
+            loss, tokens, sums = self._losses.pop(index).finish()
+            if gate_only:
+                loss.backward()
+        return loss, partial(_hand_out, tokens=tokens, sums=sums)
+
+    def _add_loss(self, index: int, batch: Microbatch, h_sbh: Tensor, *, leaves: bool) -> Tensor:
+        """Adds this loop's loss. `leaves`: the state goes on to another rank, beyond autograd's reach."""
+        if index not in self._losses:
+            self._losses[index] = self._new_loss(batch)
+        if not (leaves and h_sbh.requires_grad):
+            self._losses[index].add_loop(h_sbh)
+            return h_sbh
+        leaf_sbh = h_sbh.detach().requires_grad_()
+        self._losses[index].add_loop(leaf_sbh)
+        return JoinLoopGradient.apply(h_sbh, leaf_sbh)
+
+    def _new_loss(self, batch: Microbatch) -> LoopLoss:
+        lm, context = self._lm, self._engine.context
+        assert lm.output_layer is not None
+        head = HeadGroup(context.groups.tp, context.tensor_rank, context.tensor_size, context.sequence_parallel)
+        return LoopLoss(
+            LossParts(lm.gate_logits, lm.output_layer.weight, head),
+            self._engine.objective,
+            self._loops,
+            batch.labels_bs,
+            batch.mask_bs,
+            training=self._training,
+        )
+
+
+def _hand_out(loss: Tensor, *, tokens: Tensor, sums: LoopSums) -> tuple[Tensor, Tensor, LoopSums]:
+    return loss, tokens, sums
