@@ -167,13 +167,17 @@ def _build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(
+    built = get_megatron_optimizer(
         config,
         [ddp],
         config_overrides=get_standard_config_overrides(config),
         use_gloo_process_groups=False,
         pg_collection=context.groups,
     )
+    for group in built.param_groups:
+        # Megatron marks norms and biases with wd_mult 0 and leaves it to its own LR scheduler, not used here, to apply.
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    return built
 
 
 class _LoopedForward:
