@@ -77,7 +77,11 @@ class Engine:
         self.pipeline = LoopPipeline(lm.config, context, loops)
 
     def train_step(self, batches: list[Microbatch], lr: float) -> StepResult:
-        """One optimizer step over this rank's microbatches. All ranks call it together.
+        """One optimizer step over this rank's microbatches. All ranks call it together."""
+        return self.update(self.accumulate(batches), lr)
+
+    def accumulate(self, batches: list[Microbatch]) -> LoopMeans:
+        """Fresh reduced gradients in each parameter's `main_grad`; returns the global means. All ranks call it.
 
         Gradients are of the objective summed over tokens, divided once by the global number of counted tokens.
         """
@@ -87,6 +91,10 @@ class Engine:
         self.optimizer.zero_grad()
         means = self._run(batches, training=True).means()
         self._reduce_gradients(means.tokens)
+        return means
+
+    def update(self, means: LoopMeans, lr: float) -> StepResult:
+        """Clips and applies the gradients that `accumulate` left, unless something is not finite. All ranks call it."""
         self.position.phase = "optimizer step"
         with self.context.platform.megatron_calls():
             return self._update(means, lr)

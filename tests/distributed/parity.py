@@ -1,0 +1,180 @@
+"""One training step of a tiny model at some layout, compared with the single-process reference."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ouro_megatron.model.layout import take_shard
+from ouro_megatron.model.looplm import LoopLM
+from ouro_megatron.parallel.context import create_context
+from ouro_megatron.recipe.schema import ModelSection, ObjectiveSection, OptimizerSection, ParallelSection
+from ouro_megatron.training.engine import Engine, Microbatch
+from tests.reference.looplm import ReferenceAdamW, ReferenceLoopLM, ReferenceObjective, reference_loss
+from tests.reference.mapping import reference_config, to_megatron
+
+SEQUENCE, MICROBATCH = 16, 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    loops: int = 4
+    microbatches: int = 2
+    """A data-parallel rank's share of the global batch."""
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    kind: str = "expected_loss"
+    prior: str = "uniform"
+    kv_heads: int = 4
+    dtype: str = "fp32"
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def __str__(self) -> str:
+        extras = [
+            word
+            for word, on in (
+                ("sp", self.sequence_parallel),
+                ("recompute", self.recompute == "full"),
+                (self.kind, self.kind != "expected_loss"),
+                (self.prior, self.prior != "uniform"),
+                (f"kv{self.kv_heads}", self.kv_heads != 4),
+            )
+            if on
+        ]
+        shape = f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}-t{self.loops}-m{self.microbatches}"
+        return "-".join([shape, *extras])
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Largest differences of one rank from the reference."""
+
+    loss: float
+    ce: float
+    grad_norm: float
+    gradient: float
+    """Largest difference of a gradient tensor over the largest entry of the reference's, worst tensor."""
+    gradient_name: str
+    gradients_compared: int
+    weight: float
+    """Largest absolute difference of a weight after one optimizer step."""
+    evaluation: float
+    """The loss of `evaluate` before the step against the reference."""
+
+
+def model_section(layout: Layout, layers: int = 4) -> ModelSection:
+    return ModelSection(
+        layers=layers, hidden=32, heads=4, kv_heads=layout.kv_heads, ffn=48, vocab=64, loops=layout.loops
+    )
+
+
+def fill_reference(reference: ReferenceLoopLM, seed: int = 0) -> None:
+    """Weights large enough that loops, gates and layers all matter."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            around = 1.0 if parameter.dim() == 1 and parameter.numel() > 1 else 0.0
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + around)
+
+
+def batch(count: int, vocab: int = 64, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, labels int64 [count, s] and a loss mask [count, s] with holes in it."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab, (count, SEQUENCE), generator=generator)
+    labels = torch.randint(0, vocab, (count, SEQUENCE), generator=generator)
+    mask = (torch.rand(count, SEQUENCE, generator=generator) > 0.2).float()
+    # The last data-parallel rank counts far fewer tokens: a mean of means would be wrong.
+    mask[count - count // 4 :, : SEQUENCE // 2] = 0.0
+    return tokens, labels, mask
+
+
+def share(whole: tuple[Tensor, ...], layout: Layout, data_rank: int) -> list[Microbatch]:
+    """This data-parallel rank's microbatches of a global batch."""
+    rows = MICROBATCH * layout.data
+    parts = []
+    for index in range(layout.microbatches):
+        first = index * rows + data_rank * MICROBATCH
+        parts.append(Microbatch(*(tensor[first : first + MICROBATCH] for tensor in whole)))
+    return parts
+
+
+def compare(layout: Layout) -> Differences:
+    """Runs on every rank of the layout; see `run_ranks`."""
+    model = model_section(layout)
+    config = reference_config(model)
+    reference = ReferenceLoopLM(config)
+    fill_reference(reference)
+    whole = batch(layout.microbatches * layout.data * MICROBATCH)
+    context = create_context(
+        ParallelSection(tensor=layout.tensor, pipeline=layout.pipeline, sequence=layout.sequence_parallel)
+    )
+    try:
+        lm = LoopLM(model, context, recompute=layout.recompute)
+        load(lm, to_megatron(dict(reference.state_dict()), config))
+        objective = ObjectiveSection(kind=layout.kind, prior=layout.prior, eta=0.3, chunk_tokens=7)  # type: ignore[arg-type]
+        engine = Engine(lm, context, objective, OptimizerSection(lr=1e-3, eps=1e-4), loops=layout.loops)
+        return _step_and_compare(layout, engine, reference, whole)
+    finally:
+        context.close()
+
+
+def load(lm: LoopLM, whole: dict[str, Tensor]) -> None:
+    """Copies whole tensors into this rank's parameters."""
+    with torch.no_grad():
+        for name, parameter in lm.named_global_parameters():
+            parameter.copy_(take_shard(name, whole[name], lm.context.tensor_rank, lm.context.tensor_size))
+
+
+def _step_and_compare(
+    layout: Layout, engine: Engine, reference: ReferenceLoopLM, whole: tuple[Tensor, Tensor, Tensor]
+) -> Differences:
+    lm, context = engine.lm, engine.context
+    config = reference.config
+    if layout.kind == "gate":
+        for name, parameter in reference.named_parameters():
+            parameter.requires_grad_("early_exit" in name)
+    expected = reference_loss(reference, *whole, ReferenceObjective(kind=layout.kind, prior=layout.prior, eta=0.3))
+    expected.backward()
+    for parameter in reference.parameters():
+        if parameter.requires_grad and parameter.grad is None:  # one loop: the gate does not matter
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = to_megatron(
+        {name: p.grad.clone() for name, p in reference.named_parameters() if p.grad is not None}, config
+    )
+    norm = ReferenceAdamW(lr=1e-3, eps=1e-4).step(reference)
+    weights = to_megatron(dict(reference.state_dict()), config)
+    mine = share(whole, layout, context.data_rank)
+    evaluated = engine.evaluate(mine).means()
+    engine.keep_whole_gradients = True
+    means = engine.accumulate(mine)
+    worst, worst_name, compared = 0.0, "", 0
+    for name, parameter in lm.named_global_parameters():
+        if not parameter.requires_grad:
+            continue
+        target = take_shard(name, gradients[name], context.tensor_rank, context.tensor_size)
+        scale = float(gradients[name].abs().max()) or 1.0
+        difference = float((parameter.main_grad - target).abs().max()) / scale
+        compared += 1
+        if difference >= worst:
+            worst, worst_name = difference, name
+    result = engine.update(means, 1e-3)
+    drift = 0.0
+    for name, parameter in lm.named_global_parameters():
+        wanted = take_shard(name, weights[name], context.tensor_rank, context.tensor_size)
+        drift = max(drift, float((parameter - wanted).abs().max()))
+    return Differences(
+        loss=abs(result.means.loss - float(expected)),
+        ce=abs(evaluated.ce[-1] - result.means.ce[-1]),
+        grad_norm=abs(result.grad_norm - norm) / max(norm, 1e-12),
+        gradient=worst,
+        gradient_name=worst_name,
+        gradients_compared=compared,
+        weight=drift,
+        evaluation=abs(evaluated.loss - float(expected)),
+    )
