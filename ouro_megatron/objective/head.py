@@ -74,9 +74,7 @@ def token_cross_entropy(
     if d_hidden is None:
         return ce_n, None
     shape = (-1, *h_sbh.shape[1:])
-    return ce_n, HeadGradients(
-        _reduce_hidden(d_hidden.view(shape), head), None if main_grad is not None else d_weight
-    )
+    return ce_n, HeadGradients(_reduce_hidden(d_hidden.view(shape), head), None if main_grad is not None else d_weight)
 
 
 def _chunk_cross_entropy(

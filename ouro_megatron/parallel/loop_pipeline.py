@@ -81,9 +81,7 @@ class LoopPipeline:
         iterators = [iter(list(enumerate(batches))) for _ in self.views]
         arguments: dict[str, Any] = {}
         if self._context.pipeline_size > 1:
-            arguments["p2p_communicator"] = P2PCommunicator(
-                pp_group=self._context.groups.pp, config=self._views_config
-            )
+            arguments["p2p_communicator"] = P2PCommunicator(pp_group=self._context.groups.pp, config=self._views_config)
         return self._schedule(
             forward_step_func=step,
             data_iterator=iterators if self._interleaved else iterators[0],

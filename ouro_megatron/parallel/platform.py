@@ -6,6 +6,7 @@ answers those; on a CUDA platform nothing here is ever called. tests/parallel/te
 of Megatron-Core moves what is patched.
 """
 
+import queue
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -142,3 +143,15 @@ def quiet_megatron() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def write_checkpoints_without_helpers() -> None:
+    """Lets Megatron-Core's synchronous checkpoint writer hand its results over in this process.
+
+    By default it starts a manager process by spawn, which imports the main module again on every rank and dies with the
+    first signal that Slurm sends to all processes of a step; later saves would then hang.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()

@@ -1,0 +1,98 @@
+"""The small part of a checkpoint: everything that is not a tensor, as JSON a person can read."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ouro_megatron.checkpoint.folder import STATE, write_json
+from ouro_megatron.errors import CheckpointError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One entry of a model's history: a finished stage, or an upcycling in between."""
+
+    name: str
+    kind: str
+    """"training" or "upcycle"."""
+    steps: int
+    tokens: int
+    detail: str
+    """For people: layers, loops, sequence length, or how layers were copied."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands. Nothing in training draws random numbers after initialisation, so counters are enough."""
+
+    step: int
+    """Steps done in this stage, skipped updates included."""
+    tokens: int
+    """Tokens consumed in this stage."""
+    samples: int
+    """Samples consumed in this stage: the data position."""
+    optimizer_steps: int
+    """Updates Adam has made: its bias correction depends on it."""
+    skipped_steps: int
+    seconds: float
+    """Wall time spent in this stage's steps."""
+    world: str
+    """Layout it was saved at, for people."""
+    recipe: dict[str, Any]
+    """The resolved recipe as plain values."""
+    fingerprint: dict[str, Any]
+    """Of the data blend; see data/fingerprint.py."""
+    history: list[StageRecord] = field(default_factory=list)
+    """Stages before this one, first to last."""
+    format: int = FORMAT
+
+
+def write_state(folder: Path, state: RunState) -> None:
+    write_json(folder / STATE, asdict(state))
+
+
+def read_state(folder: Path) -> RunState:
+    """Raises CheckpointError when the file is missing, not JSON, or of a format this version does not know."""
+    path = folder / STATE
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {fields['format']}; this version reads format {FORMAT}")
+        fields["history"] = [StageRecord(**record) for record in fields["history"]]
+        return RunState(**fields)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], folder: Path, *, any_loops: bool = True) -> None:
+    """Compares the model sections of a checkpoint and a recipe.
+
+    Loops, RoPE base, norm epsilon and the layer implementation do not shape the weights and may differ.
+    Raises CheckpointError listing each field that does not fit.
+    """
+    free = {"rope_base", "norm_eps", "init_std", "implementation", "loops"}
+    old, new = saved["model"], wanted["model"]
+    defaults = {"kv_heads": "heads", "head_dim": None}
+    problems = []
+    for key in sorted(set(old) | set(new)):
+        if key in free:
+            continue
+        before, after = old.get(key), new.get(key)
+        if before is None and key in defaults:
+            before = _implied(old, key)
+        if after is None and key in defaults:
+            after = _implied(new, key)
+        if before != after:
+            problems.append(f"  model.{key}: the checkpoint has {before}, the recipe {after}")
+    if problems:
+        hint = ""
+        if any("model.layers" in line for line in problems):
+            hint = "\nTo make a deeper model from it: ouro upcycle"
+        raise CheckpointError(f"{folder} holds another model:\n" + "\n".join(problems) + hint)
+
+
+def _implied(model: dict[str, Any], key: str) -> Any:
+    return model["heads"] if key == "kv_heads" else model["hidden"] // model["heads"]

@@ -1,0 +1,179 @@
+"""Rules that tie a recipe's fields together. Checked before any rank starts; all problems are listed at once."""
+
+import math
+from collections.abc import Iterator
+
+from ouro_megatron.errors import RecipeError
+from ouro_megatron.recipe.schema import ModelSection, Recipe
+from ouro_megatron.recipe.spans import Span
+from ouro_megatron.recipe.schedule import BatchPlan
+
+
+def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
+    """Raises RecipeError with one line a problem: fields, values and what would fit.
+
+    With `world_size`, the number of ranks, the layout and the batch are checked against it. No file is touched.
+    """
+    problems = [*_model(recipe.model), *_layout(recipe, world_size), *_sequence(recipe), *_objective(recipe)]
+    batch_problems = list(_batch(recipe, world_size))
+    problems += batch_problems
+    if not batch_problems:  # the plan below divides by the batch
+        problems += _schedule(recipe)
+    if problems:
+        raise RecipeError(f"recipe {recipe.name!r} cannot run:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def data_parallel_size(recipe: Recipe, world_size: int | None) -> int:
+    """Data-parallel ranks: from the world size, else `parallel.data`, else 1."""
+    parallel = recipe.parallel
+    if world_size is not None:
+        return max(1, world_size // (parallel.tensor * parallel.pipeline))
+    return parallel.data or 1
+
+
+def ranks_needed(recipe: Recipe) -> int:
+    """The smallest number of ranks the recipe can run on."""
+    return recipe.parallel.tensor * recipe.parallel.pipeline * (recipe.parallel.data or 1)
+
+
+def _model(model: ModelSection) -> Iterator[str]:
+    groups = model.kv_heads or model.heads
+    if model.head_dim is None and model.hidden % model.heads:
+        yield f"model.hidden={model.hidden} is not a multiple of model.heads={model.heads}; set model.head_dim"
+    if model.heads % groups:
+        yield f"model.heads={model.heads} is not a multiple of model.kv_heads={groups}"
+    dim = model.head_dim or model.hidden // model.heads
+    if dim % 2:
+        yield f"the head dimension {dim} is odd: RoPE turns pairs (model.head_dim, or model.hidden / model.heads)"
+
+
+def _layout(recipe: Recipe, world_size: int | None) -> Iterator[str]:
+    model, parallel = recipe.model, recipe.parallel
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    for field, value in (
+        ("model.heads", model.heads),
+        ("model.kv_heads", model.kv_heads or model.heads),
+        ("model.ffn", model.ffn),
+        ("model.vocab", model.vocab),
+    ):
+        if value % tensor:
+            fits = [size for size in range(1, tensor + 1) if value % size == 0]
+            yield f"{field}={value} is not a multiple of parallel.tensor={tensor}; {fits[-1]} would fit"
+    if model.layers % pipeline:
+        fits = [size for size in range(1, model.layers + 1) if model.layers % size == 0]
+        yield f"model.layers={model.layers} do not divide over parallel.pipeline={pipeline}; sizes that fit: {fits}"
+    if parallel.sequence and tensor == 1:
+        yield "parallel.sequence=true splits activations over tensor-parallel ranks: it needs parallel.tensor > 1"
+    if model.implementation == "transformer_engine" and recipe.training.device == "cpu":
+        yield "model.implementation=transformer_engine needs CUDA, but training.device=cpu; use model.implementation=local"
+    if world_size is None:
+        return
+    unit = tensor * pipeline
+    if world_size % unit:
+        yield (
+            f"{world_size} ranks are not a multiple of parallel.tensor={tensor} x parallel.pipeline={pipeline} = {unit}"
+        )
+    elif parallel.data is not None and world_size != unit * parallel.data:
+        yield (
+            f"{world_size} ranks, but parallel.tensor={tensor} x parallel.pipeline={pipeline} x parallel.data="
+            f"{parallel.data} = {unit * parallel.data}"
+        )
+
+
+def slowest_wavelength(model: ModelSection) -> float:
+    """Positions after which RoPE's slowest pair has turned once: 2 pi base^((d - 2) / d)."""
+    dim = model.head_dim or model.hidden // model.heads
+    return 2 * math.pi * model.rope_base ** ((dim - 2) / dim)
+
+
+def _sequence(recipe: Recipe) -> Iterator[str]:
+    model, length = recipe.model, recipe.data.sequence_length
+    if recipe.parallel.sequence and length % recipe.parallel.tensor:
+        yield (
+            f"data.sequence_length={length} is not a multiple of parallel.tensor={recipe.parallel.tensor}, "
+            "which parallel.sequence=true needs"
+        )
+    reach = slowest_wavelength(model)
+    if length > reach:
+        # Beyond it even the slowest pair repeats: positions can no longer be told apart by any single pair.
+        yield (
+            f"model.rope_base={model.rope_base:g} reaches {reach:.0f} positions (its slowest pair turns once in them), "
+            f"data.sequence_length={length} is longer; raise model.rope_base"
+        )
+
+
+def _objective(recipe: Recipe) -> Iterator[str]:
+    if recipe.objective.kind == "gate":
+        if recipe.model.loops < 2:
+            yield "objective.kind=gate compares loops: model.loops must be at least 2"
+        if recipe.init.checkpoint is None:
+            yield "objective.kind=gate trains the gate of a finished model: set init.checkpoint"
+    if recipe.init.optimizer and recipe.init.checkpoint is None:
+        yield "init.optimizer=true carries the optimizer of init.checkpoint over, which is not set"
+    if recipe.optimizer.lr < recipe.schedule.min_lr:
+        yield f"schedule.min_lr={recipe.schedule.min_lr:g} is above optimizer.lr={recipe.optimizer.lr:g}"
+
+
+def _batch(recipe: Recipe, world_size: int | None) -> Iterator[str]:
+    parallel, length = recipe.parallel, recipe.data.sequence_length
+    data = data_parallel_size(recipe, world_size)
+    # The interleaved schedule hands microbatches round in groups of the pipeline's size.
+    group = parallel.pipeline if parallel.pipeline > 1 and recipe.model.loops > 1 else 1
+    unit = length * recipe.batch.microbatch * data * group
+    why = f"data.sequence_length {length} x batch.microbatch {recipe.batch.microbatch} x {data} data-parallel ranks"
+    if group > 1:
+        why += f" x parallel.pipeline {group} (the looped pipeline takes microbatches in groups of that size)"
+    sizes = [("batch.global_tokens", recipe.batch.global_tokens)]
+    sizes += [(f"batch.ramp.{i}.global_tokens", point.global_tokens) for i, point in enumerate(recipe.batch.ramp)]
+    for field, value in sizes:
+        if value == 0 or value % unit:
+            below, above = value // unit * unit, (value // unit + 1) * unit
+            fits = f"{below} or {above}" if below else str(above)
+            yield f"{field}={value} is not a multiple of {unit} = {why}; {fits} would fit"
+
+
+def _schedule(recipe: Recipe) -> Iterator[str]:
+    schedule = recipe.schedule
+    plan = BatchPlan(recipe)
+    if plan.total_steps == 0:
+        yield "budget.total is 0: nothing to train"
+        return
+    yield from _ramp(recipe, plan)
+    if schedule.kind == "wsd" and schedule.decay is None:
+        yield "schedule.kind=wsd needs schedule.decay, the length of its final decay"
+    if schedule.kind != "wsd" and schedule.decay is not None:
+        yield f"schedule.decay is for schedule.kind=wsd, this one is {schedule.kind}; remove it or change the kind"
+    warmup = plan.tokens_of(schedule.warmup)
+    decay = _length_from_end(plan, schedule.decay) if schedule.decay else 0
+    if warmup + decay > plan.total_tokens:
+        yield (
+            f"schedule.warmup ({schedule.warmup}) and schedule.decay ({schedule.decay or 'none'}) are longer than "
+            f"budget.total ({recipe.budget.total}) together"
+        )
+    for field, span in (
+        ("checkpoint.every", recipe.checkpoint.every),
+        ("checkpoint.permanent_every", recipe.checkpoint.permanent_every),
+        ("evaluation.every", recipe.evaluation.every),
+    ):
+        if span is not None and span.is_zero:
+            yield f"{field} is 0; give a length, for example '100 steps'"
+    if recipe.evaluation.every is not None and not recipe.data.validation:
+        yield "evaluation.every is set, but data.validation names no source"
+
+
+def _length_from_end(plan: BatchPlan, span: Span) -> int:
+    if span.tokens is not None:
+        return span.tokens
+    assert span.steps is not None
+    return plan.total_tokens - plan.at(max(0, plan.total_steps - span.steps)).consumed_tokens
+
+
+def _ramp(recipe: Recipe, plan: BatchPlan) -> Iterator[str]:
+    previous = 0
+    for index, point in enumerate(recipe.batch.ramp):
+        position = plan.tokens_of(point.after)
+        if position <= previous:
+            yield f"batch.ramp.{index}.after={point.after} does not come after the point before it"
+        if position >= plan.total_tokens:
+            yield f"batch.ramp.{index}.after={point.after} lies beyond budget.total ({recipe.budget.total})"
+        previous = position
