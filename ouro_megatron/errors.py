@@ -31,5 +31,11 @@ class TrainingError(OuroError):
     exit_code = 5
 
 
+class MetricsError(OuroError):
+    """A run folder whose metrics are missing or cannot be read."""
+
+    exit_code = 6
+
+
 STOPPED_EXIT_CODE = 75
 """A run that saved and left because it was told to (TERM, USR1): submit it again to go on (EX_TEMPFAIL)."""

@@ -36,7 +36,7 @@ def save(engine: Engine, root: Path, state: RunState) -> Path:
     except Exception as error:
         raise CheckpointError(
             f"{context.describe_rank()} could not save {folder}: {describe(error)}. "
-            "Earlier checkpoints are untouched; free some space and submit the run again"
+            "Earlier checkpoints are untouched; remove the cause (a full disk?) and start the run again"
         ) from error
     context.barrier()
     return folder

@@ -1,15 +1,18 @@
 """Assembles the subcommands; expected errors end with one clear message and their own exit code."""
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
+from ouro_megatron.cli.train import train
 from ouro_megatron.errors import OuroError
 
 app = typer.Typer(
     name="ouro",
-    help="Train looped language models on Megatron-Core.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -17,10 +20,28 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ouro_megatron {version('ouro-megatron')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train looped language models on Megatron-Core."""
+
+
+app.command()(train)
+
+
 def main() -> None:
     """Entry point of the `ouro` script."""
     try:
         app()
     except OuroError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(error.exit_code)

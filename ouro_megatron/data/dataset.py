@@ -8,7 +8,6 @@ that is made longer sees the same samples up to its old end. The price: the last
 
 import hashlib
 import math
-import os
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -259,7 +258,8 @@ def _cached(folder: Path, build: Callable[[Path], T]) -> T:
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             build(partial)
-            os.replace(partial, folder)
+            partial.chmod(0o755)  # mkdtemp's is for its owner only; a cache may be shared
+            partial.replace(folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             if not folder.exists():  # else another process was first, and its files are the same

@@ -142,7 +142,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
         return (coefficient_n.to(ce_n.dtype) * ce_n).sum(), ce_n
 
     @staticmethod
-    def backward(ctx: Any, d_term: Tensor, d_ce: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_term: Tensor, d_ce: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         weight_gradient = None if d_weight is None else (d_weight * d_term).to(ctx.weight_dtype)
         return d_hidden * d_term.to(d_hidden.dtype), weight_gradient, None, None, None, None

@@ -110,7 +110,7 @@ def create_context(parallel: ParallelSection, device: str = "auto", seed: int = 
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, round(parallel.timeout_seconds / 60)),
+        distributed_timeout_minutes=parallel.timeout_seconds / 60,
     )
     model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -108,7 +108,7 @@ class JoinLoopGradient(torch.autograd.Function):
         return h_sbh.view_as(h_sbh)
 
     @staticmethod
-    def backward(ctx: Any, d_next_sbh: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_next_sbh: Tensor) -> tuple[Tensor, None]:
         own = ctx.leaf_sbh.grad
         ctx.leaf_sbh.grad = None
         return (d_next_sbh if own is None else d_next_sbh + own), None

@@ -7,13 +7,12 @@ of Megatron-Core moves what is patched.
 """
 
 import queue
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
-from typing import Any, ContextManager, Literal
+from typing import Any, Literal
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -39,8 +38,8 @@ class Platform:
     def is_cpu(self) -> bool:
         return self.device.type == "cpu"
 
-    def megatron_calls(self) -> ContextManager[Any]:
-        """Context for calls into Megatron-Core that build or step an optimizer: there it asks tensors for CUDA types."""
+    def megatron_calls(self) -> AbstractContextManager[Any]:
+        """Context for calls into Megatron-Core that build or step an optimizer: they ask tensors for CUDA types."""
         return _CudaNamesOnCpu() if self.is_cpu else nullcontext()
 
 
@@ -78,7 +77,7 @@ class _TorchOnCpu(ModuleType):
         return value
 
 
-@lru_cache(maxsize=None)
+@cache
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
@@ -135,14 +134,6 @@ def choose_platform(device: Literal["auto", "cpu", "cuda"], local_rank: int = 0)
         return Platform(torch.device("cuda", local_rank), "nccl")
     activate_cpu()
     return Platform(_CPU, "gloo")
-
-
-@contextmanager
-def quiet_megatron() -> Iterator[None]:
-    """Keeps Megatron-Core's import-time warnings about absent optional packages off the console."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def write_checkpoints_without_helpers() -> None:

@@ -12,7 +12,7 @@ def standard_sinks(logging: LoggingSection) -> Sinks:
     sinks = Sinks()
     sinks.add(
         MetricsFile(notify=sinks.notify),
-        ConsoleSink(every=logging.every, notify=sinks.notify),
+        ConsoleSink(every=logging.every),
         WandbSink(logging.wandb, notify=sinks.notify),
     )
     return sinks

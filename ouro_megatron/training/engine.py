@@ -76,6 +76,11 @@ class Engine:
             self.optimizer = _build_optimizer(optimizer, self.ddp, context, lm.dtype)
         self.pipeline = LoopPipeline(lm.config, context, loops)
 
+    def adopt_weights(self) -> None:
+        """Makes the optimizer's fp32 copies follow weights that were filled after this engine was built."""
+        with self.context.platform.megatron_calls():
+            self.optimizer.reload_model_params()
+
     def train_step(self, batches: list[Microbatch], lr: float) -> StepResult:
         """One optimizer step over this rank's microbatches. All ranks call it together."""
         return self.update(self.accumulate(batches), lr)

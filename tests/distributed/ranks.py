@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["ouro_megatron.training.engine", "megatron.core.dist_checkpointing"]
+_PRELOAD = ["ouro_megatron.training.stage", "megatron.core.datasets.gpt_dataset"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -44,7 +44,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     processes = []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(sender, rank, world_size, port, function, args), daemon=True)
+        process = context.Process(target=_rank, args=(sender, rank, world_size, port, function, args))
         process.start()
         sender.close()
         pipes.append(receiver)

@@ -1,0 +1,294 @@
+"""One training stage on one rank: from a recipe to a trained checkpoint. All ranks run it together."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ouro_megatron.checkpoint.folder import newest, remove_incomplete, resolve
+from ouro_megatron.checkpoint.load import load_run
+from ouro_megatron.checkpoint.state import RunState, StageRecord, read_state
+from ouro_megatron.data.dataset import SampleDataset, build_dataset
+from ouro_megatron.data.fingerprint import blend_fingerprint, check_fingerprint
+from ouro_megatron.data.indexed import read_manifest
+from ouro_megatron.data.ranks import from_rank_zero
+from ouro_megatron.data.sampler import GlobalBatchSampler, MicrobatchReader
+from ouro_megatron.data.tokenizer import TextTokenizer, load_tokenizer
+from ouro_megatron.errors import CheckpointError, RecipeError, TrainingError
+from ouro_megatron.model.looplm import LoopLM, initialise
+from ouro_megatron.parallel.context import ParallelContext, context_for
+from ouro_megatron.parallel.position import Position
+from ouro_megatron.planning.flops import flops_per_token, parameter_counts, peak_flops
+from ouro_megatron.recipe.load import difference, dump_recipe
+from ouro_megatron.recipe.schedule import BatchPlan
+from ouro_megatron.recipe.schema import BlendEntry, Recipe
+from ouro_megatron.recipe.validate import check_recipe
+from ouro_megatron.telemetry.setup import standard_sinks
+from ouro_megatron.telemetry.sink import RunInfo, Sinks
+from ouro_megatron.training.callbacks import Checkpoints, Evaluation, Health, Records, Stopping
+from ouro_megatron.training.engine import Engine
+from ouro_megatron.training.signals import StopSignals
+from ouro_megatron.training.trainer import Progress, Trainer, naming_the_place
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where the weights of this process come from; decided on rank 0."""
+
+    folder: Path | None
+    """A checkpoint to load; None to draw new weights."""
+    resumed: bool
+    """The checkpoint is this run's own."""
+    notes: tuple[str, ...] = ()
+
+
+def run_stage(recipe: Recipe, signals: StopSignals) -> bool:
+    """Trains the stage to its end (True) or to a stop signal (False), resuming where the run folder left off.
+
+    Raises an OuroError for everything a user can act on; the process must end then, other ranks wait for it.
+    """
+    check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    context = context_for(recipe)
+    try:
+        lock = _lock(recipe.run_folder) if context.rank == 0 else None
+        try:
+            return _run(recipe, context, signals)
+        finally:
+            if lock is not None:
+                os.close(lock)
+    finally:
+        context.close()
+
+
+def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool:
+    position = Position(stage=recipe.name)
+    plan = BatchPlan(recipe)
+    start = from_rank_zero(lambda: _find_start(recipe, plan))
+    tokenizer = load_tokenizer(recipe.data.tokenizer, model_vocab=recipe.model.vocab)
+    fingerprint = from_rank_zero(lambda: _fingerprint(recipe, tokenizer))
+    reader = _reader(recipe, context, _dataset(recipe, tokenizer, "train", recipe.data.train, plan.total_samples))
+    held_out = None
+    if recipe.data.validation:
+        samples = plan.at(0).samples * recipe.evaluation.batches
+        held_out = _reader(recipe, context, _dataset(recipe, tokenizer, "validation", recipe.data.validation, samples))
+    dtype = torch.bfloat16 if recipe.precision.compute == "bf16" else torch.float32
+    lm = LoopLM(recipe.model, context, dtype=dtype, recompute=recipe.training.recompute)
+    if start.folder is None:
+        initialise(lm, recipe.training.seed)
+    engine = Engine(lm, context, recipe.objective, recipe.optimizer, loops=recipe.model.loops, position=position)
+    progress, history = Progress(), list[StageRecord]()
+    with naming_the_place(engine):
+        if start.folder is not None:
+            progress, history = _load(recipe, engine, start, plan, fingerprint)
+        else:
+            engine.adopt_weights()
+    with _sinks(recipe, context, plan, progress, start) as sinks:
+        trainer = Trainer(
+            recipe,
+            engine,
+            reader,
+            plan,
+            progress,
+            [
+                Records(sinks, flops_per_token(recipe.model, recipe.data.sequence_length), _peak(recipe, context)),
+                Health(recipe.training.max_skipped_steps, sinks),
+                Evaluation(held_out, sinks),
+                Stopping(signals, sinks),
+                Checkpoints(
+                    recipe.run_folder / "checkpoints",
+                    lambda trainer: _state(trainer, fingerprint, history),
+                    sinks,
+                ),
+            ],
+        )
+        trainer.fit()
+    for used in (reader, held_out):
+        if used is not None:
+            used.close()
+    return trainer.is_done
+
+
+def _find_start(recipe: Recipe, plan: BatchPlan) -> _Start:
+    """Rank 0: cleans up after interrupted saves and picks the checkpoint to load."""
+    root = recipe.run_folder / "checkpoints"
+    own = newest(root)
+    notes = [f"removed {folder}, left by an interrupted save" for folder in remove_incomplete(root)]
+    if own is not None:
+        notes += own.skipped
+        state = read_state(own.folder)
+        _check_same_data_position(recipe, plan, state, own.folder)
+        before = Recipe.model_validate(state.recipe)
+        for path, old, new in difference(before, recipe):
+            notes.append(f"recipe changed since step {state.step}: {path}: {old} -> {new}")
+        return _Start(own.folder, True, tuple(notes))
+    if recipe.init.checkpoint is not None:
+        try:
+            found = resolve(recipe.init.checkpoint)
+        except CheckpointError as error:
+            raise CheckpointError(f"init.checkpoint: {error}") from error
+        return _Start(found.folder, False, tuple(notes + found.skipped))
+    return _Start(None, False, tuple(notes))
+
+
+def _check_same_data_position(recipe: Recipe, plan: BatchPlan, state: RunState, folder: Path) -> None:
+    if plan.at(state.step).consumed_samples != state.samples:
+        raise RecipeError(
+            f"batch: at step {state.step} this recipe has read {plan.at(state.step).consumed_samples} samples, but "
+            f"{folder} has read {state.samples}. Restore batch and data.sequence_length, "
+            "or start a new stage (another name, init.checkpoint)"
+        )
+    if state.step > plan.total_steps:
+        raise RecipeError(f"budget.total ends at step {plan.total_steps}, but {folder} is at step {state.step} already")
+
+
+def _load(
+    recipe: Recipe, engine: Engine, start: _Start, plan: BatchPlan, fingerprint: dict[str, Any]
+) -> tuple[Progress, list[StageRecord]]:
+    assert start.folder is not None
+    state = load_run(engine, start.folder, recipe, optimizer=start.resumed or recipe.init.optimizer)
+    if start.resumed:
+        check_fingerprint(state.fingerprint, fingerprint)
+        return (
+            Progress(
+                step=state.step,
+                optimizer_steps=state.optimizer_steps,
+                skipped_steps=state.skipped_steps,
+                seconds=state.seconds,
+            ),
+            list(state.history),
+        )
+    progress = Progress(optimizer_steps=state.optimizer_steps if recipe.init.optimizer else 0)
+    return progress, [*state.history, stage_record(state)]
+
+
+def stage_record(state: RunState) -> StageRecord:
+    """The history entry of the stage that `state` belongs to."""
+    recipe = Recipe.model_validate(state.recipe)
+    model = recipe.model
+    detail = f"{model.layers} layers x {model.loops} loops, sequence {recipe.data.sequence_length}"
+    return StageRecord(recipe.name, "training", state.step, state.tokens, detail)
+
+
+def _state(trainer: Trainer, fingerprint: dict[str, Any], history: list[StageRecord]) -> RunState:
+    progress = trainer.progress
+    here = trainer.plan.at(progress.step)
+    return RunState(
+        step=progress.step,
+        tokens=here.consumed_tokens,
+        samples=here.consumed_samples,
+        optimizer_steps=progress.optimizer_steps,
+        skipped_steps=progress.skipped_steps,
+        seconds=progress.seconds,
+        world=trainer.context.describe(),
+        recipe=trainer.recipe.model_dump(mode="json"),
+        fingerprint=fingerprint,
+        history=history,
+    )
+
+
+def _fingerprint(recipe: Recipe, tokenizer: TextTokenizer) -> dict[str, Any]:
+    return blend_fingerprint(
+        recipe.data.train,
+        sequence_length=recipe.data.sequence_length,
+        seed=recipe.training.seed,
+        tokenizer=tokenizer,
+        mask_end_of_document=recipe.data.mask_end_of_document,
+    )
+
+
+def _dataset(
+    recipe: Recipe, tokenizer: TextTokenizer, split: str, entries: list[BlendEntry], samples: int
+) -> SampleDataset:
+    return build_dataset(
+        entries,
+        sequence_length=recipe.data.sequence_length,
+        samples=samples,
+        seed=recipe.training.seed,
+        tokenizer=tokenizer,
+        cache=recipe.data.cache or recipe.run_folder / "cache",
+        split_name=split,
+        mask_end_of_document=recipe.data.mask_end_of_document,
+    )
+
+
+def _reader(recipe: Recipe, context: ParallelContext, dataset: SampleDataset) -> MicrobatchReader:
+    sampler = GlobalBatchSampler(recipe.batch.microbatch, context.data_rank, context.data_size)
+    return MicrobatchReader(dataset, sampler, context.device)
+
+
+def _peak(recipe: Recipe, context: ParallelContext) -> float | None:
+    if context.platform.is_cpu:
+        return None
+    return peak_flops(torch.cuda.get_device_name(context.device), recipe.precision.compute)
+
+
+def _lock(folder: Path) -> int:
+    """Keeps a second job out of the run folder; the lock goes away with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.read(handle, 200).decode(errors="replace")
+        os.close(handle)
+        raise TrainingError(
+            f"{folder} is in use by another job ({owner}); wait for it or choose another name"
+        ) from error
+    os.ftruncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return handle
+
+
+@contextmanager
+def _sinks(
+    recipe: Recipe, context: ParallelContext, plan: BatchPlan, progress: Progress, start: _Start
+) -> Iterator[Sinks | None]:
+    """Rank 0's sinks, started, closed whatever happens; None on the other ranks."""
+    if context.rank != 0:
+        yield None
+        return
+    folder = recipe.run_folder
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    _write_data_facts(recipe)
+    sinks = standard_sinks(recipe.logging)
+    sinks.start(
+        RunInfo(
+            name=recipe.name,
+            run_folder=folder,
+            config=recipe.model_dump(mode="json"),
+            world=context.describe(),
+            parameters=parameter_counts(recipe.model).total,
+            start_step=progress.step,
+            total_steps=plan.total_steps,
+            resumed=start.resumed,
+        )
+    )
+    try:
+        if start.folder is not None:
+            sinks.notify("resume" if start.resumed else "start", f"loaded {start.folder}")
+        for note in start.notes:
+            sinks.notify("warning", note)
+        yield sinks
+    except BaseException as error:
+        sinks.notify("failure", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise
+    finally:
+        sinks.close()
+
+
+def _write_data_facts(recipe: Recipe) -> None:
+    """data.json for the report: the validation blend's unigram entropy, where its manifests know it."""
+    known = [(entry.weight, read_manifest(entry.path)) for entry in recipe.data.validation]
+    if not known or any(manifest is None or "unigram_entropy" not in manifest for _, manifest in known):
+        return
+    total = sum(weight for weight, _ in known)
+    entropy = sum(weight * manifest["unigram_entropy"] for weight, manifest in known if manifest) / total
+    path = recipe.run_folder / "data.json"
+    path.write_text(json.dumps({"unigram_entropy": entropy}), encoding="utf-8")

@@ -1,0 +1,83 @@
+"""One rank as a process: `python -m ouro_megatron.training.worker RECIPE`, started by `ouro train`, torchrun or srun.
+
+Nothing heavy is imported before the stop signals are in place: a TERM during start-up must not be lost.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+from ouro_megatron.errors import STOPPED_EXIT_CODE, OuroError
+from ouro_megatron.training.signals import StopSignals
+
+FAILURE_FOLDER = "OURO_FAILURE_FOLDER"
+"""Where a rank leaves the reason of its failure for the launcher."""
+_PR_SET_PDEATHSIG = 1
+
+
+def adopt_slurm_environment() -> None:
+    """Under srun, sets the variables torch reads from the ones Slurm sets. Raises OuroError when the master is unknown."""
+    environment = os.environ
+    if "RANK" in environment or "SLURM_PROCID" not in environment or environment.get("SLURM_NTASKS", "1") == "1":
+        return
+    if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
+        raise OuroError(
+            "started by srun with several tasks, but MASTER_ADDR and MASTER_PORT are not set; export them in the batch "
+            "script: MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1) MASTER_PORT=29500"
+        )
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+
+
+def _die_with_parent() -> None:
+    """The kernel ends this process when the launcher is gone, however it went."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _report(error: BaseException) -> None:
+    """Leaves the reason for the launcher; without one, prints it with the rank's number."""
+    expected = isinstance(error, OuroError)
+    rank = os.environ.get("RANK", "0")
+    folder = os.environ.get(FAILURE_FOLDER)
+    message = str(error) if expected else "".join(traceback.format_exception(error))
+    if folder is None:
+        print(f"rank {rank}: error: {message}", file=sys.stderr, flush=True)
+        return
+    code = error.exit_code if isinstance(error, OuroError) else 1
+    partial = Path(folder) / f".{rank}.part"
+    partial.write_text(json.dumps({"message": message, "code": code, "expected": expected}), encoding="utf-8")
+    partial.replace(Path(folder) / f"{rank}.json")
+
+
+def run_worker(recipe_file: Path) -> int:
+    """Trains the stage in `recipe_file` as the rank the environment names; returns the exit code."""
+    signals = StopSignals()
+    signals.install()
+    if FAILURE_FOLDER in os.environ:
+        _die_with_parent()
+    try:
+        adopt_slurm_environment()
+        # Megatron-Core warns once per absent optional package and rank; torch about calls that Megatron makes.
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+        from ouro_megatron.recipe.load import recipe_from_text
+        from ouro_megatron.training.stage import run_stage
+
+        recipe = recipe_from_text(recipe_file.read_text(encoding="utf-8"), str(recipe_file))
+        return 0 if run_stage(recipe, signals) else STOPPED_EXIT_CODE
+    except Exception as error:
+        _report(error)
+        return error.exit_code if isinstance(error, OuroError) else 1
+
+
+if __name__ == "__main__":
+    status = run_worker(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Gloo's threads wait for peers that may be gone; nothing of ours is left to do.
+    os._exit(status)

@@ -1,0 +1,83 @@
+"""Runs that stop and go on: bit-exact at the same layout, to 1e-5 at any other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ouro_megatron.recipe.schema import Recipe
+from ouro_megatron.telemetry.metrics_file import read_records
+from ouro_megatron.telemetry.records import EvalRecord, StepRecord
+from ouro_megatron.training.signals import StopSignals
+from ouro_megatron.training.stage import run_stage
+from tests.distributed.ranks import run_ranks
+from tests.tiny import tiny_recipe
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "1x1": {},
+    "tp2pp2": {"tensor": 2, "pipeline": 2},
+    "tp2pp2sp": {"tensor": 2, "pipeline": 2, "sequence": True},
+    "dp4": {"data": 4},
+    "pp2dp2": {"pipeline": 2, "data": 2},
+}
+
+
+def ranks_of(layout: str) -> int:
+    sizes = LAYOUTS[layout]
+    return int(sizes.get("tensor", 1) * sizes.get("pipeline", 1) * sizes.get("data", 1))
+
+
+def stage(recipe: Recipe) -> bool:
+    return run_stage(recipe, StopSignals())
+
+
+def train(folder: Path, layout: str, **sections: Any) -> Recipe:
+    sections["parallel"] = {"timeout_seconds": 60, **LAYOUTS[layout]}
+    recipe = tiny_recipe(folder, **sections)
+    run_ranks(stage, ranks_of(layout), recipe)
+    return recipe
+
+
+def losses(recipe: Recipe) -> list[float]:
+    records = read_records(recipe.run_folder / "metrics.jsonl")
+    return [record.loss for record in records if isinstance(record, StepRecord)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], float]:
+    """The folder with the data, and the 20 losses of an uninterrupted run on one rank."""
+    folder = tmp_path_factory.mktemp("with space") / "a run"
+    recipe = train(folder, "1x1", name="whole")
+    held_out = [r for r in read_records(recipe.run_folder / "metrics.jsonl") if isinstance(r, EvalRecord)]
+    return folder, losses(recipe), held_out[-1].loss
+
+
+def test_training_learns(whole: tuple[Path, list[float], float]) -> None:
+    _, curve, held_out = whole
+    assert len(curve) == 20
+    assert curve[-1] < curve[0] - 0.3
+    assert held_out < curve[0] - 0.3
+
+
+@pytest.mark.parametrize("layout", ["1x1", "tp2pp2", "pp2dp2"])
+def test_same_layout_is_bit_exact(whole: tuple[Path, list[float], float], layout: str) -> None:
+    folder, _, _ = whole
+    straight = losses(train(folder, layout, name=f"straight-{layout}"))
+    train(folder, layout, name=f"halves-{layout}", budget={"total": "10 steps"})
+    halves = losses(train(folder, layout, name=f"halves-{layout}"))
+    assert halves == straight
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("tp2pp2", "1x1"), ("tp2pp2sp", "dp4"), ("dp4", "tp2pp2"), ("1x1", "pp2dp2")],
+)
+def test_other_layout_goes_on_the_same(whole: tuple[Path, list[float], float], first: str, then: str) -> None:
+    folder, curve, _ = whole
+    name = f"{first}-{then}"
+    train(folder, first, name=name, budget={"total": "10 steps"})
+    resumed = losses(train(folder, then, name=name))
+    assert len(resumed) == 20
+    assert resumed == pytest.approx(curve, abs=1e-5)
