@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ouro_megatron.cli.data import data
 from ouro_megatron.cli.train import train
 from ouro_megatron.errors import OuroError
 
@@ -36,6 +37,7 @@ def root(
 
 
 app.command()(train)
+app.add_typer(data, name="data")
 
 
 def main() -> None:

@@ -1,0 +1,114 @@
+"""One shard of a source: the unit of parallel work and of resuming. Runs in processes of its own."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.sources.base import Document, Source
+from data_prep.writer import PairWriter, token_dtype
+from ouro_megatron.data.indexed import with_suffix
+from ouro_megatron.data.tokenizer import load_tokenizer
+
+_BATCH = 64
+"""Documents tokenised at one time."""
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Files of one source to tokenise into PARTS/train and PARTS/validation; picklable."""
+
+    source: Source
+    files: tuple[Path, ...]
+    parts: Path
+    tokenizer: Path
+    validation_fraction: float
+
+    @property
+    def is_done(self) -> bool:
+        return (self.parts / "done").is_file()
+
+    def prefix(self, split: str) -> Path:
+        return self.parts / split
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Decided by the key alone: the same on every machine, in every order, and for every source that shares keys."""
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    return number < fraction * 2**64
+
+
+def group_files(files: list[Path], shard_bytes: int) -> list[tuple[Path, ...]]:
+    """Consecutive files of about `shard_bytes` together; a larger file stands alone."""
+    groups: list[tuple[Path, ...]] = []
+    current: list[Path] = []
+    size = 0
+    for file in files:
+        bytes_here = file.stat().st_size
+        if current and size + bytes_here > shard_bytes:
+            groups.append(tuple(current))
+            current, size = [], 0
+        current.append(file)
+        size += bytes_here
+    if current:
+        groups.append(tuple(current))
+    return groups
+
+
+def tokenise_shard(task: ShardTask) -> int:
+    """Writes the shard's two pairs, each document followed by the end-of-document id, and a marker at the end.
+
+    Returns the bytes of text. Raises DataError naming the file that cannot be read.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    tokenizer = load_tokenizer(task.tokenizer)
+    dtype = token_dtype(tokenizer.vocab_size)
+    read = 0
+    with (
+        PairWriter(task.prefix("train"), dtype) as train,
+        PairWriter(task.prefix("validation"), dtype) as validation,
+    ):
+        for batch in _batches(task):
+            for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
+                writer = validation if is_held_out(document.key, task.validation_fraction) else train
+                writer.add([*ids, tokenizer.eod])
+                read += len(document.text.encode())
+    (task.parts / "done").write_text(str(read), encoding="utf-8")
+    return read
+
+
+def _batches(task: ShardTask) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    for file in task.files:
+        for document in task.source.read(file):
+            if document.text:
+                batch.append(document)
+            if len(batch) == _BATCH:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def token_counts(prefix: Path, dtype: np.dtype, vocab: int) -> np.ndarray:
+    """How often each id occurs in a pair's .bin, int64[vocab]; reads it in pieces."""
+    counts = np.zeros(vocab, dtype=np.int64)
+    with with_suffix(prefix, ".bin").open("rb") as file:
+        while piece := file.read(1 << 24):
+            found = np.bincount(np.frombuffer(piece, dtype=dtype), minlength=vocab)
+            if len(found) > vocab:
+                raise ValueError(f"{prefix}.bin holds id {len(found) - 1}, the tokenizer has {vocab}")
+            counts += found
+    return counts
+
+
+def entropy_of(counts: np.ndarray) -> float:
+    """Entropy in nats of the distribution that counts stand for: the loss of the best context-free guess."""
+    total = counts.sum()
+    if total == 0:
+        return 0.0
+    p = counts[counts > 0] / total
+    return float(-(p * np.log(p)).sum())

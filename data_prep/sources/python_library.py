@@ -1,0 +1,88 @@
+"""Text that every machine with Python has: the standard library's sources, and the English prose inside it.
+
+Documents of a module's code and of its docstrings share the module's path as key, so that prose held out for
+validation is not in the training part of the code either.
+"""
+
+import ast
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from data_prep.sources.base import Document, SourceBase
+from ouro_megatron.errors import DataError
+
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "lib2to3"}
+_SHORT_DOCSTRING = 200
+"""Characters; shorter docstrings are labels rather than prose."""
+
+
+def _modules() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = sorted(file for file in root.rglob("*.py") if not _LEFT_OUT.intersection(file.relative_to(root).parts))
+    if not found:
+        raise DataError(f"this Python has no library sources at {root} (a zipped or stripped installation?)")
+    return found
+
+
+def _key(file: Path) -> str:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return str(file.relative_to(root)) if file.is_relative_to(root) else file.name
+
+
+def _source(file: Path) -> str:
+    # A few library files are deliberately not UTF-8; their odd characters do not matter here.
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+class PythonStdlib(SourceBase):
+    """Code: one document a module of the running Python's standard library, without its tests."""
+
+    kind: Literal["python_stdlib"]
+
+    def files(self) -> list[Path]:
+        return _modules()
+
+    def read(self, file: Path) -> Iterator[Document]:
+        text = _source(file)
+        if text.strip():
+            yield Document(_key(file), text)
+
+
+class PythonProse(SourceBase):
+    """English prose: the topics of `help()`, and the longer docstrings of each module as one document."""
+
+    kind: Literal["python_prose"]
+
+    def files(self) -> list[Path]:
+        import pydoc_data.topics
+
+        return [Path(pydoc_data.topics.__file__), *_modules()]
+
+    def read(self, file: Path) -> Iterator[Document]:
+        if file.name == "topics.py" and file.parent.name == "pydoc_data":
+            yield from _topics()
+            return
+        prose = "\n\n".join(_docstrings(file))
+        if prose:
+            yield Document(_key(file), prose + "\n")
+
+
+def _topics() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        yield Document(f"topic/{name}", text.strip() + "\n")
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(_source(file))
+    except SyntaxError:  # templates and deliberately broken examples hold no documentation
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text and len(text) >= _SHORT_DOCSTRING:
+                yield text.strip()

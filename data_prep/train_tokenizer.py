@@ -1,0 +1,62 @@
+"""Trains the byte-level BPE tokenizer of a data recipe."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.recipe import DataRecipe, TrainTokenizer
+from data_prep.shards import is_held_out
+from data_prep.sources.base import Source
+from ouro_megatron.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+
+
+def train_tokenizer(recipe: DataRecipe, settings: TrainTokenizer, folder: Path, key: str) -> None:
+    """Makes `folder` with tokenizer.json and tokenizer_config.json; it appears whole or not at all.
+
+    Only documents of the training split are read, up to `sample_bytes` over all sources.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab,
+        special_tokens=[settings.end_of_document],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sample(recipe, settings.sample_bytes), trainer)
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tokenizer.save(str(partial / TOKENIZER_FILE))
+    config = {"eos_token": settings.end_of_document, "tokenizer_class": "PreTrainedTokenizerFast", "made_from": key}
+    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.replace(folder)
+
+
+def _sample(recipe: DataRecipe, sample_bytes: int) -> Iterator[str]:
+    for source in recipe.sources:
+        yield from _sample_of(source, sample_bytes // len(recipe.sources), recipe.validation_fraction)
+
+
+def _sample_of(source: Source, limit: int, held_out: float) -> Iterator[str]:
+    """Every k-th file, so that a small sample still sees all of the source."""
+    files = source.files()
+    total = sum(file.stat().st_size for file in files)
+    stride = max(1, total // limit)
+    seen = 0
+    for file in files[::stride]:
+        for document in source.read(file):
+            if is_held_out(document.key, held_out):
+                continue
+            seen += len(document.text.encode())
+            if seen > limit:
+                return
+            yield document.text
