@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ouro_megatron.cli.data import data
+from ouro_megatron.cli.generate import generate
 from ouro_megatron.cli.train import train
 from ouro_megatron.errors import OuroError
 
@@ -37,6 +38,7 @@ def root(
 
 
 app.command()(train)
+app.command()(generate)
 app.add_typer(data, name="data")
 
 

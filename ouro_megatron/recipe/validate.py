@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator
 
 from ouro_megatron.errors import RecipeError
+from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import ModelSection, Recipe
 from ouro_megatron.recipe.spans import Span
-from ouro_megatron.recipe.schedule import BatchPlan
 
 
 def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
