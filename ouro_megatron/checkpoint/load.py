@@ -75,16 +75,17 @@ class InferenceModel:
     tokenizer: TextTokenizer
 
 
-def load_for_inference(path: Path, device: str = "cpu", parallel: ParallelSection | None = None) -> InferenceModel:
-    """The model at `path` (a checkpoint, a folder of them, or a run folder) in fp32, at any layout.
+def load_for_inference(path: Path, device: str = "cpu", context: ParallelContext | None = None) -> InferenceModel:
+    """The model at `path` (a checkpoint, a folder of them, or a run folder) in fp32.
 
+    In one process, or at the layout of `context`, whose ranks all call this together.
     Raises CheckpointError as `resolve` does and DataError when its tokenizer has moved.
     """
     found = resolve(path)
     state = read_state(found.folder)
     recipe = Recipe.model_validate(state.recipe)
     tokenizer = load_tokenizer(recipe.data.tokenizer, model_vocab=recipe.model.vocab)
-    context = create_context(parallel or ParallelSection(), device, recipe.training.seed)
+    context = context or create_context(ParallelSection(), device, recipe.training.seed)
     lm = LoopLM(recipe.model, context)
     put_weights(lm, read_tensors(weight_template(lm), found.folder, context))
     lm.eval()

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ouro_megatron.checkpoint.folder import STATE, write_json
 from ouro_megatron.errors import CheckpointError
@@ -47,6 +47,8 @@ class RunState:
     """Of the data blend; see data/fingerprint.py."""
     history: list[StageRecord] = field(default_factory=list)
     """Stages before this one, first to last."""
+    origin: Literal["training", "upcycle"] = "training"
+    """`upcycle`: made from another checkpoint; its counters are those of a stage that has not begun."""
     format: int = FORMAT
 
 
@@ -67,13 +69,22 @@ def read_state(folder: Path) -> RunState:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], folder: Path, *, any_loops: bool = True) -> None:
+def history_with(state: RunState) -> list[StageRecord]:
+    """The history a stage begins with when it starts from this checkpoint: all before it, and its own stage."""
+    if state.origin == "upcycle":  # its history ends with the upcycling already
+        return list(state.history)
+    model, data = state.recipe["model"], state.recipe["data"]
+    detail = f"{model['layers']} layers x {model['loops']} loops, sequence {data['sequence_length']}"
+    return [*state.history, StageRecord(state.recipe["name"], "training", state.step, state.tokens, detail)]
+
+
+def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     """Compares the model sections of a checkpoint and a recipe.
 
     Loops, RoPE base, norm epsilon and the layer implementation do not shape the weights and may differ.
     Raises CheckpointError listing each field that does not fit.
     """
-    free = {"rope_base", "norm_eps", "init_std", "implementation", "loops"}
+    free = {"rope_base", "norm_eps", "init_std", "post_norm_init", "implementation", "loops"}
     old, new = saved["model"], wanted["model"]
     defaults = {"kv_heads": "heads", "head_dim": None}
     problems = []

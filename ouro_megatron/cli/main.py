@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ouro_megatron.cli.checkpoints import evaluate, upcycle
 from ouro_megatron.cli.data import data
 from ouro_megatron.cli.generate import generate
 from ouro_megatron.cli.train import train
@@ -39,6 +40,8 @@ def root(
 
 app.command()(train)
 app.command()(generate)
+app.command()(evaluate)
+app.command()(upcycle)
 app.add_typer(data, name="data")
 
 

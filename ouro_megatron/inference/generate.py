@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from ouro_megatron.model.looplm import LoopLM
 class GenerationSettings:
     """How to choose tokens. Temperature 0 is greedy."""
 
-    exit_policy: ExitPolicy = ExitPolicy()
+    exit_policy: ExitPolicy = field(default_factory=ExitPolicy)
     max_loops: int = 4
     max_tokens: int = 64
     temperature: float = 0.0

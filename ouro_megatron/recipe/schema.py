@@ -39,6 +39,9 @@ class ModelSection(Section):
     rope_base: PositiveFloat = 10_000.0
     norm_eps: PositiveFloat = 1e-6
     init_std: PositiveFloat = 0.02
+    post_norm_init: PositiveFloat = 1.0
+    """Gain that the norms after attention and feed-forward start with. Below 1 each loop starts as a gentle refinement
+    of its input, which helps small models over the first few hundred steps."""
     implementation: Literal["local", "transformer_engine"] = "local"
     """Layer spec: `local` runs anywhere, `transformer_engine` needs CUDA and the `gpu` extra."""
 

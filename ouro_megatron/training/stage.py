@@ -14,7 +14,7 @@ import torch
 
 from ouro_megatron.checkpoint.folder import newest, remove_incomplete, resolve
 from ouro_megatron.checkpoint.load import load_run
-from ouro_megatron.checkpoint.state import RunState, StageRecord, read_state
+from ouro_megatron.checkpoint.state import RunState, StageRecord, history_with, read_state
 from ouro_megatron.data.dataset import SampleDataset, build_dataset
 from ouro_megatron.data.fingerprint import blend_fingerprint, check_fingerprint
 from ouro_megatron.data.indexed import read_manifest
@@ -165,15 +165,7 @@ def _load(
             list(state.history),
         )
     progress = Progress(optimizer_steps=state.optimizer_steps if recipe.init.optimizer else 0)
-    return progress, [*state.history, stage_record(state)]
-
-
-def stage_record(state: RunState) -> StageRecord:
-    """The history entry of the stage that `state` belongs to."""
-    recipe = Recipe.model_validate(state.recipe)
-    model = recipe.model
-    detail = f"{model.layers} layers x {model.loops} loops, sequence {recipe.data.sequence_length}"
-    return StageRecord(recipe.name, "training", state.step, state.tokens, detail)
+    return progress, history_with(state)
 
 
 def _state(trainer: Trainer, fingerprint: dict[str, Any], history: list[StageRecord]) -> RunState:

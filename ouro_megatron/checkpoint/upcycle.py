@@ -1,0 +1,112 @@
+"""A deeper model from a trained one, by using its layers more than once (arXiv 2510.25741: 1.4B -> 2.6B, 24 -> 48)."""
+
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor
+
+from ouro_megatron.checkpoint.folder import mark_complete
+from ouro_megatron.checkpoint.save import describe
+from ouro_megatron.checkpoint.state import RunState, StageRecord, history_with, read_state, write_state
+from ouro_megatron.errors import CheckpointError
+from ouro_megatron.parallel.platform import write_checkpoints_without_helpers
+
+LayerMap = Literal["stack", "interleave"]
+_LAYER = re.compile(r"^(\w+\.decoder\.layers\.)(\d+)(\..+)$")
+
+
+def layer_map(kind: LayerMap, layers: int, new_layers: int) -> list[int]:
+    """Which old layer each new layer copies. `stack`: 0 1 2 0 1 2; `interleave`: 0 0 1 1 2 2.
+
+    Raises CheckpointError when `new_layers` is not a multiple of `layers` greater than it.
+    """
+    if new_layers <= layers or new_layers % layers:
+        raise CheckpointError(
+            f"--layers {new_layers}: the checkpoint has {layers} layers; give a multiple of it, such as {2 * layers}"
+        )
+    times = new_layers // layers
+    if kind == "stack":
+        return [index % layers for index in range(new_layers)]
+    return [index // times for index in range(new_layers)]
+
+
+def upcycle(source: Path, target: Path, layers: int, kind: LayerMap, *, optimizer: bool) -> None:
+    """Writes a checkpoint of `layers` layers to `target` from the complete checkpoint folder `source`.
+
+    One process, inside an initialised context; the whole model is in memory once. With `optimizer` Adam's moments are
+    copied like the weights. Raises CheckpointError when `target` exists, or the layers do not fit.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} exists already; remove it or choose another --out")
+    state = read_state(source)
+    chosen = layer_map(kind, state.recipe["model"]["layers"], layers)
+    try:
+        tensors = dist_checkpointing.load_plain_tensors(str(source))
+    except Exception as error:
+        raise CheckpointError(f"{source} cannot be read: {describe(error)}") from error
+    if optimizer and not any(name.startswith("exp_avg.") for name in tensors):
+        raise CheckpointError(f"{source} holds no optimizer state to carry over; leave out --optimizer")
+    renamed = deepen(tensors, chosen, (lambda _: True) if optimizer else (lambda name: name.startswith("weight.")))
+    _write(renamed, _new_state(state, layers, kind, optimizer), target)
+
+
+def deepen(tensors: dict[str, Tensor], chosen: list[int], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Tensors of the deeper model by name: layer j's are those of old layer chosen[j], others stay."""
+    result = {}
+    for name, tensor in tensors.items():
+        if not wanted(name):
+            continue
+        match = _LAYER.match(name)
+        if match is None:
+            result[name] = tensor
+            continue
+        for new, old in enumerate(chosen):
+            if old == int(match.group(2)):
+                result[f"{match.group(1)}{new}{match.group(3)}"] = tensor
+    return result
+
+
+def _new_state(state: RunState, layers: int, kind: LayerMap, optimizer: bool) -> RunState:
+    recipe: dict[str, Any] = {**state.recipe, "model": {**state.recipe["model"], "layers": layers}}
+    record = StageRecord(
+        f"{kind} to {layers} layers",
+        "upcycle",
+        0,
+        0,
+        f"{state.recipe['model']['layers']} -> {layers} layers, {kind}, optimizer {'carried' if optimizer else 'fresh'}",
+    )
+    return replace(
+        state,
+        step=0,
+        tokens=0,
+        samples=0,
+        optimizer_steps=state.optimizer_steps if optimizer else 0,
+        skipped_steps=0,
+        seconds=0.0,
+        recipe=recipe,
+        history=[*history_with(state), record],
+        origin="upcycle",
+    )
+
+
+def _write(tensors: dict[str, Tensor], state: RunState, target: Path) -> None:
+    """Writes beside the target and moves it there when whole."""
+    write_checkpoints_without_helpers()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as partial:
+            folder = Path(partial) / "checkpoint"
+            folder.mkdir()
+            sharded = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors.items()}
+            dist_checkpointing.save(sharded, str(folder))
+            write_state(folder, state)
+            mark_complete(folder)
+            folder.replace(target)
+    except Exception as error:
+        raise CheckpointError(f"{target} could not be written: {describe(error)}") from error
