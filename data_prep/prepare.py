@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from data_prep.recipe import DataRecipe, TrainTokenizer
 from data_prep.shards import ShardTask, entropy_of, group_files, token_counts, tokenise_shard
-from data_prep.sources.base import Source
+from data_prep.sources.registry import AnySource
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.writer import PairWriter, token_dtype
 from ouro_megatron.data.indexed import read_manifest, sha256_of, with_suffix
@@ -90,7 +90,7 @@ def _prepare(recipe: DataRecipe, watcher: Watcher, workers: int, force: bool) ->
     return [prefix for job in jobs for prefix, _ in job.outputs()]
 
 
-def _source_key(source: Source, files: Sequence[Path]) -> str:
+def _source_key(source: AnySource, files: Sequence[Path]) -> str:
     """Changes when the source's settings or any of its files (path, size, time) do."""
     digest = hashlib.sha256(f"{_VERSION}\n{source!r}\n".encode())
     for file in files:
@@ -125,7 +125,7 @@ class _Job:
     """One source of a recipe."""
 
     recipe: DataRecipe
-    source: Source
+    source: AnySource
     tokenizer: TextTokenizer
     files: Sequence[Path]
     source_key: str
@@ -192,8 +192,8 @@ def _run_shards(job: _Job, watcher: Watcher, workers: int) -> None:
                 watcher.advance(_bytes(pending[future]))
         except BrokenProcessPool as error:
             raise DataError(
-                f"source {job.source.name}: a worker process was killed (out of memory? use fewer --workers or a smaller "
-                "shard_bytes); finished shards are kept, run it again"
+                f"source {job.source.name}: a worker process was killed (out of memory? use fewer --workers or a "
+                "smaller shard_bytes); finished shards are kept, run it again"
             ) from error
         finally:
             for future in pending:

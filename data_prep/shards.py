@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.sources.base import Document, Source
+from data_prep.sources.base import Document
+from data_prep.sources.registry import AnySource
 from data_prep.writer import PairWriter, token_dtype
 from ouro_megatron.data.indexed import with_suffix
 from ouro_megatron.data.tokenizer import load_tokenizer
@@ -21,7 +22,7 @@ _BATCH = 64
 class ShardTask:
     """Files of one source to tokenise into PARTS/train and PARTS/validation; picklable."""
 
-    source: Source
+    source: AnySource
     files: tuple[Path, ...]
     parts: Path
     tokenizer: Path

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.recipe import DataRecipe, TrainTokenizer
 from data_prep.shards import is_held_out
-from data_prep.sources.base import Source
+from data_prep.sources.registry import AnySource
 from ouro_megatron.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
 
@@ -46,7 +46,7 @@ def _sample(recipe: DataRecipe, sample_bytes: int) -> Iterator[str]:
         yield from _sample_of(source, sample_bytes // len(recipe.sources), recipe.validation_fraction)
 
 
-def _sample_of(source: Source, limit: int, held_out: float) -> Iterator[str]:
+def _sample_of(source: AnySource, limit: int, held_out: float) -> Iterator[str]:
     """Every k-th file, so that a small sample still sees all of the source."""
     files = source.files()
     total = sum(file.stat().st_size for file in files)

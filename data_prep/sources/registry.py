@@ -8,4 +8,5 @@ from data_prep.sources.jsonl import JsonLines
 from data_prep.sources.python_library import PythonProse, PythonStdlib
 from data_prep.sources.text_folder import TextFolder
 
-SourceSettings = Annotated[TextFolder | JsonLines | PythonStdlib | PythonProse, Field(discriminator="kind")]
+AnySource = TextFolder | JsonLines | PythonStdlib | PythonProse
+SourceSettings = Annotated[AnySource, Field(discriminator="kind")]

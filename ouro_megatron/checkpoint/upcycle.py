@@ -79,7 +79,7 @@ def _new_state(state: RunState, layers: int, kind: LayerMap, optimizer: bool) ->
         "upcycle",
         0,
         0,
-        f"{state.recipe['model']['layers']} -> {layers} layers, {kind}, optimizer {'carried' if optimizer else 'fresh'}",
+        f"{state.recipe['model']['layers']} -> {layers} layers, optimizer {'carried' if optimizer else 'fresh'}",
     )
     return replace(
         state,

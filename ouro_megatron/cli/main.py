@@ -11,6 +11,7 @@ from rich.markup import escape
 from ouro_megatron.cli.checkpoints import evaluate, upcycle
 from ouro_megatron.cli.data import data
 from ouro_megatron.cli.generate import generate
+from ouro_megatron.cli.recipe import recipe
 from ouro_megatron.cli.report import report
 from ouro_megatron.cli.train import train
 from ouro_megatron.errors import OuroError
@@ -45,6 +46,7 @@ app.command()(evaluate)
 app.command()(upcycle)
 app.command()(report)
 app.add_typer(data, name="data")
+app.add_typer(recipe, name="recipe")
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """From .bin/.idx pairs to training samples, put together so that sample k stays sample k.
 
-Megatron builds one index for all epochs of a source at once, so asking for more samples reorders the ones already seen.
-Here every epoch of a source is a GPTDataset of its own, seeded by (seed, source, epoch). With Megatron's blending, whose
-choices depend on earlier choices only, sample k is a function of (sources and weights, seed, sequence length, k): a run
-that is made longer sees the same samples up to its old end. The price: the last, partial sample of each epoch is dropped.
+Megatron builds one index for all epochs of a source at once, so asking for more samples reorders those already seen.
+Here every epoch of a source is a GPTDataset of its own, seeded by (seed, source, epoch). With Megatron's blending,
+whose choices depend on earlier choices only, sample k is a function of (sources and weights, seed, sequence length, k):
+a run that is made longer sees the same samples up to its old end. The price: the last, partial sample of each epoch is
+dropped.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What a run was trained on, small enough to keep in every checkpoint, and the check that a resumed run reads the same."""
+"""What a run was trained on, small enough for every checkpoint, and the check that a resumed run reads the same."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,8 +34,9 @@ def blend_fingerprint(
 ) -> dict[str, Any]:
     """All that decides which sample is number k, ready for JSON.
 
-    The .idx files are read and hashed, the .bin files are not: their size is kept, and their hash where a manifest names
-    it. Paths are kept for messages only, so data may move. Call it on one rank. Raises DataError as `check_prefix` does.
+    The .idx files are read and hashed, the .bin files are not: their size is kept, and their hash where a manifest
+    names it. Paths are kept for messages only, so data may move. Call it on one rank. Raises DataError as
+    `check_prefix` does.
     """
     return {
         "sequence_length": sequence_length,

@@ -1,8 +1,9 @@
 """Megatron's indexed datasets on disk: what a prefix holds, and a cheap check that it is whole.
 
-A dataset is a pair of files beside each other. `PREFIX.bin` holds token ids and nothing else. `PREFIX.idx`, little endian:
-9 bytes `MMIDIDX\\0\\0` | u64 version = 1 | u8 dtype code | u64 sequences S | u64 boundaries D + 1 | int32 lengths[S] |
-int64 byte offsets[S] | int64 document boundaries[D + 1], from 0 to S (megatron.core.datasets.indexed_dataset).
+A dataset is a pair of files beside each other. `PREFIX.bin` holds token ids and nothing else. `PREFIX.idx`, little
+endian: 9 bytes `MMIDIDX\\0\\0` | u64 version = 1 | u8 dtype code | u64 sequences S | u64 boundaries D + 1 |
+int32 lengths[S] | int64 byte offsets[S] | int64 document boundaries[D + 1], from 0 to S
+(megatron.core.datasets.indexed_dataset).
 Megatron's reader never compares the two files, so a short .bin is found here or not at all.
 """
 

@@ -1,4 +1,4 @@
-"""Work that one rank does for all, so that a failure on any rank ends all of them with the same message, none waiting for ever.
+"""Work that one rank does for all: a failure on any rank ends all of them with the same message, none waits for ever.
 
 All functions are collective over the default process group and plain calls without one.
 """

@@ -70,8 +70,8 @@ class MicrobatchReader:
         wanted = [tuple(item) for item in self._sampler.indices(consumed, global_batch)]
         if consumed < 0 or consumed + global_batch > self._length:
             raise DataError(
-                f"samples {consumed} to {consumed + global_batch} of a dataset of {self._length}: the run is longer than the "
-                "data was built for. Build it for the whole budget."
+                f"samples {consumed} to {consumed + global_batch} of a dataset of {self._length}: the run is longer "
+                "than the data was built for. Build it for the whole budget."
             )
         return self._read(wanted, self._guess_next(consumed + global_batch, global_batch))
 

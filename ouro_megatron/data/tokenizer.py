@@ -98,7 +98,7 @@ def load_tokenizer(path: Path, *, model_vocab: int | None = None) -> TextTokeniz
     if model_vocab is not None and tokenizer.vocab_size > model_vocab:
         raise DataError(
             f"{file}: ids run up to {tokenizer.vocab_size - 1} (vocabulary {tokenizer.vocab_size}), "
-            f"the model has {model_vocab}. Set model.vocab to {tokenizer.vocab_size} or more, or name another tokenizer."
+            f"the model has {model_vocab}. Set model.vocab to {tokenizer.vocab_size} or more, or change the tokenizer."
         )
     return tokenizer
 

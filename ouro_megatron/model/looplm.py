@@ -167,15 +167,15 @@ class LoopLM(MegatronModule):
 
 @torch.no_grad()
 def initialise(lm: LoopLM, seed: int) -> None:
-    """Draws all weights: matrices N(0, init_std), the gate's weight 0 and its bias `gate_bias_init`, norms 1, but
-    those after a sub-layer `post_norm_init`.
+    """Draws all weights: matrices N(0, init_std), the gate 0 (so lambda_t = 1/2 at the start), norms 1, but those after
+    a sub-layer `post_norm_init`.
 
     Each tensor's draw depends on the seed and its global name alone, so every parallel layout starts from the same
     weights.
     """
     for name, parameter in lm.named_global_parameters():
         if name.startswith("exit_gate."):
-            parameter.fill_(lm.model.gate_bias_init if name.endswith(".bias") else 0.0)
+            parameter.zero_()
         elif ".post_attention_norm." in name or ".post_mlp_norm." in name:
             parameter.fill_(lm.model.post_norm_init)
         elif parameter.dim() == 1:

@@ -47,7 +47,7 @@ def log_prior(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """log of the prior over exits, [t]: uniform, or p_t proportional to eta (1 - eta)^(t-1), cut at T and normalised."""
+    """log of the prior over exits, [t]: uniform, or p_t ~ eta (1 - eta)^(t-1), cut at T and normalised."""
     if kind == "uniform":
         return torch.full((loops,), -float(torch.tensor(float(loops), dtype=torch.float64).log()), dtype=dtype).to(
             device

@@ -80,7 +80,7 @@ def token_cross_entropy(
 def _chunk_cross_entropy(
     logits_nv: Tensor, labels_n: Tensor, first_id: int, head: HeadGroup
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """CE [n], this rank's softmax [n, v/tp] (in place of the logits), the label's local index and whether it is local."""
+    """CE [n], this rank's softmax [n, v/tp] (in place of the logits), the label's local index, whether it is local."""
     maximum = logits_nv.amax(dim=-1)
     if head.size > 1:
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=head.group)

@@ -42,8 +42,6 @@ class ModelSection(Section):
     post_norm_init: PositiveFloat = 1.0
     """Gain that the norms after attention and feed-forward start with. Below 1 each loop starts as a gentle refinement
     of its input, which helps small models over the first few hundred steps."""
-    gate_bias_init: float = 0.0
-    """Bias the exit gate starts with: 0 lets half leave at each loop, a negative one starts deep."""
     implementation: Literal["local", "transformer_engine"] = "local"
     """Layer spec: `local` runs anywhere, `transformer_engine` needs CUDA and the `gpu` extra."""
 

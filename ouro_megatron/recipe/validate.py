@@ -65,7 +65,7 @@ def _layout(recipe: Recipe, world_size: int | None) -> Iterator[str]:
     if parallel.sequence and tensor == 1:
         yield "parallel.sequence=true splits activations over tensor-parallel ranks: it needs parallel.tensor > 1"
     if model.implementation == "transformer_engine" and recipe.training.device == "cpu":
-        yield "model.implementation=transformer_engine needs CUDA, but training.device=cpu; use model.implementation=local"
+        yield "model.implementation=transformer_engine needs CUDA, but training.device=cpu; use `local`"
     if world_size is None:
         return
     unit = tensor * pipeline

@@ -98,6 +98,7 @@ def _finish(axes: Axes, timeline: Timeline, title: str, label: str) -> None:
                 fontsize=7,
                 color=_MUTED,
                 va="top",
+                rotation=90,
             )
 
 
@@ -135,7 +136,7 @@ def draw_loss(axes: Axes, timeline: Timeline) -> None:
         seen.append(known[-1])
     _limit(axes, seen)
     _finish(axes, timeline, "Loss by loop (dots: held out)", "nats a token")
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper right")
 
 
 def draw_exit(axes: Axes, timeline: Timeline) -> None:
@@ -150,6 +151,7 @@ def draw_exit(axes: Axes, timeline: Timeline) -> None:
         labels = [f"loop {loop + 1}" for loop in range(timeline.loops)]
         axes.stackplot([x for x, _ in steps], *shares, colors=colours, labels=labels, linewidth=0)
     axes.set_ylim(0, 1)
+    axes.grid(visible=False)
     _finish(axes, timeline, "Exit distribution", "probability")
 
 
@@ -200,26 +202,26 @@ def draw_throughput(axes: Axes, timeline: Timeline) -> None:
 
 
 def draw_final(axes: Axes, timeline: Timeline) -> None:
-    """Held-out loss by loop at the end of each stage."""
+    """Held-out loss against the loop it was read after, one line a stage, at the stage's end."""
     stages = [stage for stage in timeline.stages if stage.evaluations]
-    width = 0.8 / max(1, timeline.loops)
-    low = math.inf
     for index, stage in enumerate(stages):
         ce = stage.evaluations[-1].loops.ce
-        for loop, value in enumerate(ce):
-            low = min(low, value) if math.isfinite(value) else low
-            where = index + (loop - (len(ce) - 1) / 2) * width
-            axes.bar(where, value, width * 0.92, color=depth_hex(loop + 1, timeline.loops))
-            axes.annotate(f"{value:.2f}", (where, value), ha="center", va="bottom", fontsize=6.5, color=_MUTED)
+        loops = range(1, len(ce) + 1)
+        last = index == len(stages) - 1
+        axes.plot(loops, ce, color=_LINE if last else _MUTED, linewidth=1.6 if last else 1.0, zorder=2)
+        for loop, value in zip(loops, ce, strict=True):
+            axes.plot(loop, value, "o", color=depth_hex(loop, timeline.loops), markersize=8, zorder=3)
+            axes.annotate(f"{value:.3f}", (loop, value), (0, 8), textcoords="offset points", ha="center", fontsize=7.5)
+        axes.annotate(stage.name, (len(ce), ce[-1]), (10, -3), textcoords="offset points", fontsize=8, color=_MUTED)
     entropies = [stage.unigram_entropy for stage in stages if stage.unigram_entropy is not None]
     if entropies:
-        axes.axhline(entropies[-1], color=_INK, linewidth=0.9, linestyle="--")
-    if math.isfinite(low):
-        axes.set_ylim(bottom=max(0.0, low * 0.9))
+        axes.axhline(entropies[-1], color=_INK, linewidth=0.9, linestyle="--", label="unigram entropy")
+        axes.legend(loc="upper right")
+    axes.margins(x=0.12, y=0.16)
     axes.set_title("Held-out loss by loop at the end of each stage")
-    axes.set_xticks(range(len(stages)), [stage.name for stage in stages])
-    axes.set_ylabel("nats a token (axis does not start at 0)")
-    axes.grid(axis="x", visible=False)
+    axes.set_xlabel("loop")
+    axes.set_xticks(range(1, timeline.loops + 1))
+    axes.set_ylabel("nats a token")
 
 
 FIGURES: dict[str, Callable[[Axes, Timeline], None]] = {

@@ -51,7 +51,8 @@ def read_stages(folder: Path) -> list[Stage]:
         folders = [child for child in sorted(folder.iterdir()) if (child / METRICS_NAME).is_file()]
     if not folders:
         raise MetricsError(
-            f"{folder}: no {METRICS_NAME} there or one folder below; name a run folder (run_dir/name) or the folder of several"
+            f"{folder}: no {METRICS_NAME} there or one folder below; name a run folder (run_dir/name) or the folder "
+            "of several"
         )
     return sorted((_read(child) for child in folders), key=lambda stage: (stage.started, stage.name))
 

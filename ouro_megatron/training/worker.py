@@ -21,7 +21,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def adopt_slurm_environment() -> None:
-    """Under srun, sets the variables torch reads from the ones Slurm sets. Raises OuroError when the master is unknown."""
+    """Under srun, sets torch's variables from Slurm's. Raises OuroError when the master is unknown."""
     environment = os.environ
     if "RANK" in environment or "SLURM_PROCID" not in environment or environment.get("SLURM_NTASKS", "1") == "1":
         return

@@ -1,6 +1,7 @@
 """One training step of a tiny model at some layout, compared with the single-process reference."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,10 +27,9 @@ class Layout:
     """A data-parallel rank's share of the global batch."""
     sequence_parallel: bool = False
     recompute: str = "none"
-    kind: str = "expected_loss"
-    prior: str = "uniform"
+    kind: Literal["expected_loss", "gate"] = "expected_loss"
+    prior: Literal["uniform", "geometric"] = "uniform"
     kv_heads: int = 4
-    dtype: str = "fp32"
 
     @property
     def ranks(self) -> int:
@@ -117,7 +117,7 @@ def compare(layout: Layout) -> Differences:
     try:
         lm = LoopLM(model, context, recompute=layout.recompute)
         load(lm, to_megatron(dict(reference.state_dict()), config))
-        objective = ObjectiveSection(kind=layout.kind, prior=layout.prior, eta=0.3, chunk_tokens=7)  # type: ignore[arg-type]
+        objective = ObjectiveSection(kind=layout.kind, prior=layout.prior, eta=0.3, chunk_tokens=7)
         engine = Engine(lm, context, objective, OptimizerSection(lr=1e-3, eps=1e-4), loops=layout.loops)
         return _step_and_compare(layout, engine, reference, whole)
     finally:
@@ -129,6 +129,13 @@ def load(lm: LoopLM, whole: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in lm.named_global_parameters():
             parameter.copy_(take_shard(name, whole[name], lm.context.tensor_rank, lm.context.tensor_size))
+
+
+def gradient_of(parameter: torch.nn.Parameter) -> Tensor:
+    """Where Megatron's gradient buffer keeps the reduced gradient."""
+    gradient = parameter.main_grad  # type: ignore[attr-defined]
+    assert isinstance(gradient, Tensor)
+    return gradient
 
 
 def _step_and_compare(
@@ -159,7 +166,7 @@ def _step_and_compare(
             continue
         target = take_shard(name, gradients[name], context.tensor_rank, context.tensor_size)
         scale = float(gradients[name].abs().max()) or 1.0
-        difference = float((parameter.main_grad - target).abs().max()) / scale
+        difference = float((gradient_of(parameter) - target).abs().max()) / scale
         compared += 1
         if difference >= worst:
             worst, worst_name = difference, name
