@@ -10,7 +10,7 @@ RUN := runs/demo
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo demo-samples test lint clean
 
 help:
 	@echo "make demo   set up, prepare data, train three stages on four CPU ranks, generate, report"
@@ -25,8 +25,32 @@ setup: .venv/ready
 	"$(BIN)/python" -m pip install --quiet --progress-bar on -e ".[cpu,dev]"
 	touch .venv/ready
 
+# Each step looks at what is there and does only what is missing: run it again after an interruption.
 demo: setup
-	"$(BIN)/python" -m ouro_megatron.cli.demo
+	"$(BIN)/ouro" data prepare stages/demo/data.yaml
+	"$(BIN)/ouro" train stages/demo/1-stable.yaml
+	test -f $(RUN)/upcycled/complete.json || \
+	  "$(BIN)/ouro" upcycle $(RUN)/1-stable --layers 4 --map stack --optimizer --out $(RUN)/upcycled
+	"$(BIN)/ouro" train stages/demo/2-upcycled.yaml
+	"$(BIN)/ouro" train stages/demo/3-anneal.yaml
+	test -f $(RUN)/3-anneal/samples.json || $(MAKE) --no-print-directory demo-samples
+	"$(BIN)/ouro" report $(RUN)
+	@echo
+	@echo "Done. Next:"
+	@echo "  open $(RUN)/report/index.html in a browser: loss by loop, exit distribution, generated text"
+	@echo "  $(BIN)/ouro generate $(RUN)/3-anneal --prompt 'def ' --exit q=0.7 --max-loops 8 --temperature 0.8 --depths"
+	@echo "  $(BIN)/ouro evaluate $(RUN)/3-anneal --loops 8"
+	@echo "  $(BIN)/ouro train stages/demo/1-stable.yaml name=mine optimizer.lr=3e-3    (docs/recipes.md)"
+
+demo-samples:
+	"$(BIN)/ouro" evaluate $(RUN)/3-anneal
+	"$(BIN)/ouro" generate $(RUN)/3-anneal --prompt "The function returns" --exit q=0.6 --temperature 0.7 --depths \
+	  --save $(RUN)/3-anneal/samples.part.json
+	"$(BIN)/ouro" generate $(RUN)/3-anneal --prompt "def __init__(self" --exit step=2 --temperature 0.7 --depths \
+	  --save $(RUN)/3-anneal/samples.part.json
+	"$(BIN)/ouro" generate $(RUN)/3-anneal --prompt "import " --exit q=0.6 --max-loops 6 --cache reuse --temperature 0.7 \
+	  --depths --save $(RUN)/3-anneal/samples.part.json
+	mv $(RUN)/3-anneal/samples.part.json $(RUN)/3-anneal/samples.json
 
 lint: setup
 	"$(BIN)/python" -m ruff check .
