@@ -86,7 +86,8 @@ def load_for_inference(path: Path, device: str = "cpu", context: ParallelContext
     recipe = Recipe.model_validate(state.recipe)
     tokenizer = load_tokenizer(recipe.data.tokenizer, model_vocab=recipe.model.vocab)
     context = context or create_context(ParallelSection(), device, recipe.training.seed)
-    lm = LoopLM(recipe.model, context)
+    # The local layers have the same parameters as Transformer Engine's, and the cache that decoding needs.
+    lm = LoopLM(recipe.model.model_copy(update={"implementation": "local"}), context)
     put_weights(lm, read_tensors(weight_template(lm), found.folder, context))
     lm.eval()
     return InferenceModel(lm, context, recipe, state, found.folder, tokenizer)

@@ -51,6 +51,8 @@ def generate(
 
     policy = ExitPolicy.parse(exit_policy)
     if prompt_file is not None:
+        if prompt:
+            raise typer.BadParameter("give --prompt or --prompt-file, not both")
         prompt = prompt_file.read_text(encoding="utf-8")
     model = load_for_inference(checkpoint, device)
     settings = GenerationSettings(
@@ -85,10 +87,18 @@ def _shown(token: "GeneratedToken", loops: int, depths: bool, colour: bool) -> T
     return Text(token.text, style=f"{ink_on(depth_rgb(token.depth, loops))} on {depth_hex(token.depth, loops)}")
 
 
+def _swatch(loop: int, loops: int) -> Text:
+    from ouro_megatron.telemetry.depth_colors import depth_hex, depth_rgb, ink_on
+
+    return Text(f" loop {loop} ", style=f"{ink_on(depth_rgb(loop, loops))} on {depth_hex(loop, loops)}")
+
+
 def _summary(console: Console, tokens: "list[GeneratedToken]", loops: int, depths: bool) -> None:
     new = [token.depth for token in tokens if not token.is_prompt]
     if not new:
         console.print("(the document ended at once)")
     elif depths:
+        if console.is_terminal:
+            console.print(Text.assemble(*(_swatch(loop, loops) for loop in range(1, loops + 1))))
         counts = ", ".join(f"loop {depth}: {new.count(depth)}" for depth in sorted(set(new)))
         console.print(f"{len(new)} tokens, mean depth {sum(new) / len(new):.2f} of {loops} ({counts})", style="dim")

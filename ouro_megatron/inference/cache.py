@@ -26,11 +26,11 @@ class LayerCache:
             mask = (positions[None, :] <= positions[start:, None])[None, None]
         return keys[: start + new], values[: start + new], mask
 
-    def copy_position(self, source: "LayerCache", position: int) -> None:
-        """Takes over one position of another loop's entry."""
+    def copy_positions(self, source: "LayerCache", start: int, end: int) -> None:
+        """Takes over positions `start` to `end` of another loop's entry."""
         assert source._keys is not None and source._values is not None
-        keys, values = self._room(position + 1, source._keys, source._values)
-        keys[position], values[position] = source._keys[position], source._values[position]
+        keys, values = self._room(end, source._keys, source._values)
+        keys[start:end], values[start:end] = source._keys[start:end], source._values[start:end]
 
     def _room(self, needed: int, key_sbnd: Tensor, value_sbnd: Tensor) -> tuple[Tensor, Tensor]:
         if self._keys is None or self._values is None:
@@ -52,8 +52,8 @@ class LoopCache:
         """Positions that all loops have seen."""
         self.slots = [[LayerCache(self) for _ in range(layers)] for _ in range(loops)]
 
-    def fill_deeper(self, exit_loop: int) -> None:
-        """Gives the newest position of all loops after `exit_loop` (1-based) that loop's keys and values."""
+    def fill_deeper(self, exit_loop: int, new: int) -> None:
+        """Gives the `new` newest positions of all loops after `exit_loop` (1-based) that loop's keys and values."""
         for deeper in self.slots[exit_loop:]:
             for target, source in zip(deeper, self.slots[exit_loop - 1], strict=True):
-                target.copy_position(source, self.length)
+                target.copy_positions(source, self.length, self.length + new)

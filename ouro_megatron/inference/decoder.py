@@ -32,8 +32,8 @@ class LoopDecoder:
 
     `exact`: every loop runs for every token, and the exit only chooses which loop's logits are read. Equal to
     recomputing the whole sequence for each token. `reuse`: loops after the exit are not run; later tokens that go
-    deeper find the exit loop's keys and values in their place. Saves the loops and changes the result slightly; the
-    prompt always runs through all loops.
+    deeper find the exit loop's keys and values in their place. Saves the loops and changes the result slightly; what
+    is fed first, the prompt, always runs through all loops.
 
     Works with tensor parallelism (all ranks call it alike); a pipeline is refused: load the checkpoint without one.
     """
@@ -81,7 +81,7 @@ class LoopDecoder:
             if left is None and self._exit.leaves(loop, sum(probabilities), self._max_loops):
                 left = loop, last_sbh
                 if may_stop:
-                    self._cache.fill_deeper(loop)
+                    self._cache.fill_deeper(loop, len(tokens))
                     break
         assert left is not None, "the last loop always lets go"
         self._cache.length += len(tokens)

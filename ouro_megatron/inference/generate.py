@@ -69,18 +69,22 @@ def stream(lm: LoopLM, tokenizer: TextTokenizer, prompt: str, settings: Generati
     text = _TextPieces(tokenizer)
     for token in ids:
         yield GeneratedToken(token, text.add(token), 0)
-    prediction = decoder.feed(ids)
-    for _ in range(settings.max_tokens):
+    waiting = ids
+    for left in range(settings.max_tokens, 0, -1):
+        prediction = decoder.feed(waiting)
         token = choose(prediction.logits_v, settings, generator)
         if token == tokenizer.eod:
             return
-        yield GeneratedToken(token, text.add(token), prediction.depth, tuple(prediction.exit_probability))
-        prediction = decoder.feed([token])
+        piece = text.add(token, last=left == 1)
+        yield GeneratedToken(token, piece, prediction.depth, tuple(prediction.exit_probability))
+        waiting = [token]
 
 
 def _check(settings: GenerationSettings) -> None:
     if settings.temperature < 0:
         raise RecipeError(f"--temperature {settings.temperature}: 0 (greedy) or more")
+    if settings.top_k is not None and settings.top_k < 1:
+        raise RecipeError(f"--top-k {settings.top_k}: at least 1")
     if settings.top_p is not None and not 0 < settings.top_p <= 1:
         raise RecipeError(f"--top-p {settings.top_p}: above 0 and up to 1")
 
@@ -92,12 +96,13 @@ class _TextPieces:
         self._tokenizer = tokenizer
         self._pending: list[int] = []
 
-    def add(self, token: int) -> str:
+    def add(self, token: int, *, last: bool = False) -> str:
+        """`last`: nothing follows, so an unfinished character is shown as U+FFFD."""
         if token == self._tokenizer.eod:
             return ""
         self._pending.append(token)
         piece = self._tokenizer.decode(self._pending)
-        if piece.endswith("\ufffd") and len(self._pending) < 4:
+        if piece.endswith("\ufffd") and len(self._pending) < 4 and not last:
             return ""
         self._pending = []
         return piece
@@ -107,13 +112,14 @@ def save_sample(
     path: Path, prompt: str, checkpoint: Path, exit_policy: ExitPolicy, tokens: list[GeneratedToken]
 ) -> None:
     """Appends one sample to a JSON list that the report shows. Raises DataError when the file is not such a list."""
-    samples = []
+    samples: object = []
     if path.exists():
         try:
             samples = json.loads(path.read_text(encoding="utf-8"))
-            assert isinstance(samples, list)
-        except (OSError, ValueError, AssertionError) as error:
-            raise DataError(f"{path} is not a list of samples: name another file") from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read ({error}): name another file") from error
+    if not isinstance(samples, list):
+        raise DataError(f"{path} is not a list of samples: name another file")
     samples.append(
         {
             "prompt": prompt,
