@@ -44,11 +44,11 @@ demo: setup
 
 demo-samples:
 	"$(BIN)/ouro" evaluate $(RUN)/3-anneal
-	"$(BIN)/ouro" generate $(RUN)/3-anneal --prompt "The function returns" --exit q=0.6 --temperature 0.7 --depths \
+	"$(BIN)/ouro" generate $(RUN)/3-anneal --prompt "The function returns" --exit q=0.5 --temperature 0.7 --depths \
 	  --save $(RUN)/3-anneal/samples.part.json
 	"$(BIN)/ouro" generate $(RUN)/3-anneal --prompt "def __init__(self" --exit step=2 --temperature 0.7 --depths \
 	  --save $(RUN)/3-anneal/samples.part.json
-	"$(BIN)/ouro" generate $(RUN)/3-anneal --prompt "import " --exit q=0.6 --max-loops 6 --cache reuse --temperature 0.7 \
+	"$(BIN)/ouro" generate $(RUN)/3-anneal --prompt "import " --exit q=0.5 --max-loops 6 --cache reuse --temperature 0.7 \
 	  --depths --save $(RUN)/3-anneal/samples.part.json
 	mv $(RUN)/3-anneal/samples.part.json $(RUN)/3-anneal/samples.json
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ouro_megatron.checkpoint.folder import resolve
 from ouro_megatron.checkpoint.save import describe
@@ -59,7 +60,7 @@ def read_tensors(template: ShardedStateDict, folder: Path, context: ParallelCont
     """This rank's part of the tensors that `template` names. All ranks call it together."""
     try:
         return dict(dist_checkpointing.load(template, str(folder)))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{context.describe_rank()} could not load {folder}: {describe(error)}") from error
 
 

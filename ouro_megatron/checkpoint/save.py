@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ouro_megatron.checkpoint.folder import mark_complete, remove, step_folder
 from ouro_megatron.checkpoint.state import RunState, write_state
@@ -33,7 +34,7 @@ def save(engine: Engine, root: Path, state: RunState) -> Path:
         if context.rank == 0:
             write_state(folder, state)
             mark_complete(folder)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
             f"{context.describe_rank()} could not save {folder}: {describe(error)}. "
             "Earlier checkpoints are untouched; remove the cause (a full disk?) and start the run again"
@@ -44,6 +45,9 @@ def save(engine: Engine, root: Path, state: RunState) -> Path:
 
 def describe(error: BaseException) -> str:
     """The innermost cause in one line: torch wraps what went wrong in layers of its own."""
+    if isinstance(error, CheckpointException):  # no Exception, and its causes are kept by rank
+        failures = [f"rank {rank}: {describe(wrapped[0])}" for rank, wrapped in error.failures.items()]
+        return failures[0] if failures else "another rank failed"
     while error.__cause__ is not None or (error.__context__ is not None and not error.__suppress_context__):
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ouro_megatron.checkpoint.folder import mark_complete
 from ouro_megatron.checkpoint.save import describe
@@ -48,7 +49,7 @@ def upcycle(source: Path, target: Path, layers: int, kind: LayerMap, *, optimize
     chosen = layer_map(kind, state.recipe["model"]["layers"], layers)
     try:
         tensors = dist_checkpointing.load_plain_tensors(str(source))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{source} cannot be read: {describe(error)}") from error
     if optimizer and not any(name.startswith("exp_avg.") for name in tensors):
         raise CheckpointError(f"{source} holds no optimizer state to carry over; leave out --optimizer")
@@ -108,5 +109,5 @@ def _write(tensors: dict[str, Tensor], state: RunState, target: Path) -> None:
             write_state(folder, state)
             mark_complete(folder)
             folder.replace(target)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{target} could not be written: {describe(error)}") from error

@@ -43,4 +43,5 @@ class ExitPolicy:
             return True
         if self.step is not None:
             return loop >= self.step
-        return self.q is not None and cumulative >= self.q
+        # At q = 1 only the last loop will do; a rounded CDF may read 1 before it.
+        return self.q is not None and self.q < 1.0 and cumulative >= self.q

@@ -123,7 +123,7 @@ class WandbSink:
 def _finish(run: Any) -> None:
     # Nothing is left to tell: the run's other records are complete, and offline files are on disk.
     try:
-        run.finish(quiet=True)
+        run.finish()
     except Exception as error:
         print(f"warning: Weights & Biases did not close cleanly: {error}", flush=True)
 

@@ -80,6 +80,11 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _is_consequence(message: str) -> bool:
+    """Whether a rank only saw that another one was gone or had failed."""
+    return "Connection closed by peer" in message or "another rank failed" in message
+
+
 class _Ranks:
     """The processes of one launch."""
 
@@ -168,7 +173,7 @@ class _Ranks:
                     "Start it again to go on from its last checkpoint",
                     TrainingError.exit_code,
                 )
-        causes = [rank for rank in sorted(reports) if "Connection closed by peer" not in reports[rank]["message"]]
+        causes = [rank for rank in sorted(reports) if not _is_consequence(reports[rank]["message"])]
         rank = next((rank for rank in first if rank in causes), None) or next(iter(causes or sorted(reports)), first[0])
         report = reports.get(rank)
         if report is None:

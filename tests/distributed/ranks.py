@@ -33,8 +33,9 @@ def free_port() -> int:
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """Calls `function(*args)` on `world_size` ranks with RANK, WORLD_SIZE and MASTER_ADDR/PORT set.
 
-    `function` must be a module-level function and its result picklable, arrays rather than tensors. Returns the results in rank order. When a rank
-    raises or dies the others are killed and RankFailure is raised; the same after `timeout` seconds.
+    `function` must be a module-level function and its result picklable, arrays rather than tensors. Returns the results
+    in rank order. When a rank raises or dies the others are killed and RankFailure is raised; the same after `timeout`
+    seconds.
     """
     context = mp.get_context("forkserver")
     os.environ.setdefault("OMP_NUM_THREADS", "1")

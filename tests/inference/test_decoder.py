@@ -70,7 +70,8 @@ def _decode(reference: ReferenceLoopLM, lm: LoopLM, policy: str, loops: int, new
         depths.append(prediction.depth)
     wanted = None
     if exit_policy.step is None:
-        wanted = reference_generate(reference, PROMPT, new, loops, exit_policy.q)
+        q = None if exit_policy.q == 1.0 else exit_policy.q
+        wanted = reference_generate(reference, PROMPT, new, loops, q)
     return Decoded(policy, loops, worst, sequence[len(PROMPT) :], depths, wanted)
 
 

@@ -36,5 +36,5 @@ def test_cuda_names_mean_the_cpu_inside_megatron_calls_only() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_asking_for_cuda_without_one() -> None:
-    with pytest.raises(TrainingError, match="training.device=cpu"):
+    with pytest.raises(TrainingError, match=r"training\.device=cpu"):
         choose_platform("cuda")

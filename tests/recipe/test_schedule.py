@@ -1,5 +1,6 @@
 """Batch plan and learning rate against a loop that counts step by step."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def test_cosine() -> None:
     curve = rates(schedule={"kind": "cosine", "min_lr": 0.2})
     assert curve[49] == pytest.approx(0.6)
     assert curve[-1] == pytest.approx(0.2)
-    assert all(a >= b for a, b in zip(curve, curve[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(curve))
 
 
 def test_the_ramp_does_not_bend_the_decay() -> None:
