@@ -120,7 +120,8 @@ def main() -> None:
         print(f"{name}: {tokens} tokens a step, one thread")
         print(f"  plain PyTorch  {tokens / plain['seconds']:8.0f} tokens/s   peak +{plain['mib']:6.0f} MiB")
         print(f"  ouro_megatron  {tokens / ours['seconds']:8.0f} tokens/s   peak +{ours['mib']:6.0f} MiB")
-        print(f"  ratio          {plain['seconds'] / ours['seconds']:8.2f} x          {ours['mib'] / plain['mib']:8.2f} x")
+        speed, memory = plain["seconds"] / ours["seconds"], ours["mib"] / plain["mib"]
+        print(f"  ratio          {speed:8.2f} x          {memory:8.2f} x")
 
 
 if __name__ == "__main__":
