@@ -19,6 +19,7 @@ from ouro_megatron.telemetry.records import EvalRecord, StepRecord
 from ouro_megatron.telemetry.run_reader import Stage
 from ouro_megatron.telemetry.text import big
 
+_STAGE_LINES = (":", "--", "-.", "-")
 _INK, _MUTED, _GRID, _LINE = "#1f2933", "#6b7785", "#e3e8ee", "#2b5c8a"
 _STYLE = {
     "font.size": 10,
@@ -91,13 +92,13 @@ def _finish(axes: Axes, timeline: Timeline, title: str, label: str) -> None:
         if len(timeline.stages) > 1:
             axes.annotate(
                 stage.name,
-                (start, 1.0),
+                (start, 0.02),
                 xycoords=("data", "axes fraction"),
-                xytext=(3, -2),
+                xytext=(3, 2),
                 textcoords="offset points",
                 fontsize=7,
                 color=_MUTED,
-                va="top",
+                va="bottom",
                 rotation=90,
             )
 
@@ -208,15 +209,16 @@ def draw_final(axes: Axes, timeline: Timeline) -> None:
         ce = stage.evaluations[-1].loops.ce
         loops = range(1, len(ce) + 1)
         last = index == len(stages) - 1
-        axes.plot(loops, ce, color=_LINE if last else _MUTED, linewidth=1.6 if last else 1.0, zorder=2)
+        style = _STAGE_LINES[index % len(_STAGE_LINES)]
+        axes.plot(loops, ce, style, color=_LINE if last else _MUTED, linewidth=1.3, label=stage.name, zorder=2)
         for loop, value in zip(loops, ce, strict=True):
             axes.plot(loop, value, "o", color=depth_hex(loop, timeline.loops), markersize=8, zorder=3)
-            axes.annotate(f"{value:.3f}", (loop, value), (0, 8), textcoords="offset points", ha="center", fontsize=7.5)
-        axes.annotate(stage.name, (len(ce), ce[-1]), (10, -3), textcoords="offset points", fontsize=8, color=_MUTED)
-    entropies = [stage.unigram_entropy for stage in stages if stage.unigram_entropy is not None]
-    if entropies:
-        axes.axhline(entropies[-1], color=_INK, linewidth=0.9, linestyle="--", label="unigram entropy")
-        axes.legend(loc="upper right")
+            if last:
+                axes.annotate(
+                    f"{value:.3f}", (loop, value), (0, -15), textcoords="offset points", ha="center", fontsize=8
+                )
+    if stages:
+        axes.legend(loc="center right")
     axes.margins(x=0.12, y=0.16)
     axes.set_title("Held-out loss by loop at the end of each stage")
     axes.set_xlabel("loop")

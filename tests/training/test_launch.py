@@ -170,25 +170,25 @@ def test_a_bad_recipe_starts_nothing(folder: Path) -> None:
 
 
 def test_under_torchrun(folder: Path) -> None:
-    file = recipe_file(folder, "torchrun", budget={"total": "3 steps"}, parallel={"pipeline": 2})
+    file = recipe_file(folder, "torchrun", budget={"total": "5 steps"}, parallel={"pipeline": 2})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
     with started(*torchrun, "--no-python", OURO, "train", file) as process:
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert done_steps(folder, "torchrun") == [1, 2, 3]
+    assert done_steps(folder, "torchrun") == [1, 2, 3, 4, 5]
 
 
 def test_with_the_variables_of_srun(folder: Path) -> None:
-    file = recipe_file(folder, "srun", budget={"total": "3 steps"}, parallel={"data": 2})
+    file = recipe_file(folder, "srun", budget={"total": "5 steps"}, parallel={"data": 2})
     port = str(free_port())
-    with contextless_pair(file, port) as processes:
+    with two_tasks(file, port) as processes:
         outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert done_steps(folder, "srun") == [1, 2, 3]
+    assert done_steps(folder, "srun") == [1, 2, 3, 4, 5]
 
 
 @contextmanager
-def contextless_pair(file: Path, port: str) -> Iterator[list[subprocess.Popen]]:
+def two_tasks(file: Path, port: str) -> Iterator[list[subprocess.Popen]]:
     """Two tasks as srun would start them."""
     common = {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with (
