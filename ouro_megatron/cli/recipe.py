@@ -12,7 +12,9 @@ recipe = typer.Typer(help="Show, check and compare stage recipes.", no_args_is_h
 def show(
     file: Annotated[Path, typer.Argument(help="Recipe file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
-    origin: Annotated[bool, typer.Option("--origin", help="Show the file and line each value was set in.")] = False,
+    origin: Annotated[
+        bool, typer.Option("--origin", help="One line a value, with the file and line it was set in.")
+    ] = False,
 ) -> None:
     """Print the whole recipe: `extends` merged, overrides applied, defaults filled in.
 
@@ -20,15 +22,16 @@ def show(
 
         ouro recipe show stages/demo/3-anneal.yaml optimizer.lr=1e-3 --origin
     """
-    from ouro_megatron.recipe.load import dump_recipe, load_with_origins
+    from ouro_megatron.recipe.load import dump_recipe, leaves, load_with_origins
 
     loaded, origins = load_with_origins(file, overrides or [])
     if not origin:
         typer.echo(dump_recipe(loaded), nl=False)
         return
-    width = max(len(path) for path in origins)
-    for path, where in origins.items():
-        typer.echo(f"{path:<{width}}  {where}")
+    values = dict(leaves(loaded))
+    width = max(len(path) for path in values)
+    for path, value in values.items():
+        typer.echo(f"{path:<{width}}  {value!s:<24}  {origins.get(path, 'default')}")
 
 
 @recipe.command()

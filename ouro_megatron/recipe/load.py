@@ -176,9 +176,14 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def difference(before: Recipe, after: Recipe) -> list[tuple[str, Any, Any]]:
     """(key path, value before, value after) of every leaf that differs; lists are compared as a whole."""
-    old, new = dict(_flat(before.model_dump(mode="json"))), dict(_flat(after.model_dump(mode="json")))
+    old, new = dict(leaves(before)), dict(leaves(after))
     paths = list(old) + [path for path in new if path not in old]
     return [(path, old.get(path), new.get(path)) for path in paths if old.get(path) != new.get(path)]
+
+
+def leaves(recipe: Recipe) -> list[tuple[str, Any]]:
+    """(key path, plain value) of every leaf; lists are leaves."""
+    return list(_flat(recipe.model_dump(mode="json")))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -62,7 +62,7 @@ def test_show_check_and_diff() -> None:
     shown = run("recipe", "show", "stages/demo/3-anneal.yaml", "optimizer.lr=1e-4")
     assert yaml.safe_load(shown.stdout)["optimizer"]["lr"] == 1e-4
     origin = run("recipe", "show", "stages/demo/3-anneal.yaml", "--origin")
-    assert re.search(r"parallel\.tensor +stages/demo/base\.yaml:\d+", origin.stdout)
+    assert re.search(r"parallel\.tensor +2 +stages/demo/base\.yaml:\d+", origin.stdout)
     assert run("recipe", "check", "stages/demo/1-stable.yaml", "stages/demo/3-anneal.yaml").returncode == 0
     wrong = run("recipe", "check", "stages/demo/1-stable.yaml", "--nproc", "3")
     assert wrong.returncode == 2 and "3 ranks" in wrong.stderr
