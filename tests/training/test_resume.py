@@ -81,3 +81,38 @@ def test_other_layout_goes_on_the_same(whole: tuple[Path, list[float], float], f
     resumed = losses(train(folder, then, name=name))
     assert len(resumed) == 20
     assert resumed == pytest.approx(curve, abs=1e-5)
+
+
+def test_bf16_trains_close_to_fp32_and_its_checkpoint_goes_on_in_fp32(whole: tuple[Path, list[float], float]) -> None:
+    folder, curve, _ = whole
+    bf16: dict[str, Any] = {"precision": {"compute": "bf16"}}
+    low = losses(train(folder, "tp2pp2sp", name="bf16", budget={"total": "10 steps"}, **bf16))
+    assert low == pytest.approx(curve[:10], abs=0.02)
+    resumed = losses(train(folder, "1x1", name="bf16"))
+    assert len(resumed) == 20
+    assert resumed[10:] == pytest.approx(curve[10:], abs=0.03)
+
+
+def test_gate_stage_trains_the_gate_alone_and_resumes(whole: tuple[Path, list[float], float]) -> None:
+    import numpy as np
+
+    from ouro_megatron.checkpoint.folder import resolve
+    from tests.checkpoint.test_upcycle import read
+
+    folder, _, _ = whole
+    gate: dict[str, Any] = {
+        "objective": {"kind": "gate"},
+        "init": {"checkpoint": str(folder / "runs" / "whole")},
+        "name": "gate",
+    }
+    straight = losses(train(folder, "pp2dp2", **{**gate, "name": "gate-straight"}))
+    train(folder, "pp2dp2", budget={"total": "10 steps"}, **gate)
+    assert losses(train(folder, "dp4", **gate)) == pytest.approx(straight, abs=1e-5)
+    assert straight[-1] < straight[0]
+    before, after = (read(resolve(folder / "runs" / name).folder) for name in ("whole", "gate"))
+    changed = {name for name in before if name.startswith("weight.") and not np.array_equal(before[name], after[name])}
+    assert changed == {"weight.exit_gate.weight", "weight.exit_gate.bias"}
+    assert {name for name in after if name.startswith("exp_avg.")} == {
+        "exp_avg.exit_gate.weight",
+        "exp_avg.exit_gate.bias",
+    }
