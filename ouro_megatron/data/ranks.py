@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ouro_megatron.errors import DataError
+from ouro_megatron.errors import DataError, OuroError
 
 T = TypeVar("T")
 
@@ -18,25 +18,28 @@ def world_size() -> int:
 
 
 def from_rank_zero(work: Callable[[], T]) -> T:
-    """Rank 0's result of `work`, on every rank (it is pickled). Raises DataError everywhere when rank 0 fails."""
+    """Rank 0's result of `work`, on every rank (it is pickled).
+
+    When rank 0 fails, raises its OuroError everywhere; any other error as DataError.
+    """
     if world_size() == 1:
         return work()
-    result: T | None = None
-    message: str | None = None
+    box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            result = work()
+            box[0] = work()
         except Exception as error:
-            message = _describe(error)
-    box: list[Any] = [result, message]
+            kind = type(error) if isinstance(error, OuroError) else DataError
+            box[1] = (kind, _describe(error))
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise DataError(box[1])
+        kind, message = box[1]
+        raise kind(message)
     return box[0]
 
 
 def on_rank_zero(work: Callable[[], object]) -> None:
-    """Runs `work` on rank 0 while the others wait. Raises DataError everywhere when it fails."""
+    """Runs `work` on rank 0 while the others wait. Raises everywhere when it fails, as `from_rank_zero` does."""
 
     def run() -> None:
         work()
@@ -67,4 +70,4 @@ def agree(work: Callable[[], T], doing: str) -> T:
 
 
 def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, OuroError) else f"{type(error).__name__}: {error}"

@@ -67,30 +67,36 @@ class SandwichLayer(TransformerLayer):
         return hidden_states + self.post_mlp_norm(mlp), context
 
 
-def local_block(num_layers: int) -> TransformerBlockSubmodules:
-    """`num_layers` sandwich layers and a final norm, runnable on CPU and GPU without extra packages."""
+def _sandwich_block(
+    num_layers: int, *, norm: type, column_linear: type, row_linear: type, core_attention: type
+) -> TransformerBlockSubmodules:
+    """`num_layers` sandwich layers and a final norm from one library's parts."""
+    attention = SelfAttentionSubmodules(linear_qkv=column_linear, core_attention=core_attention, linear_proj=row_linear)
     layer = ModuleSpec(
         module=SandwichLayer,
         submodules=SandwichSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=ScaledDotProductAttention,
-                    linear_proj=RowParallelLinear,
-                ),
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
-            post_attention_norm=RMSNorm,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
-            post_mlp_norm=RMSNorm,
+            post_attention_norm=norm,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear)),
+            post_mlp_norm=norm,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def local_block(num_layers: int) -> TransformerBlockSubmodules:
+    """A block that runs on CPU and GPU without extra packages."""
+    return _sandwich_block(
+        num_layers,
+        norm=RMSNorm,
+        column_linear=ColumnParallelLinear,
+        row_linear=RowParallelLinear,
+        core_attention=ScaledDotProductAttention,
+    )
 
 
 def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
@@ -107,31 +113,16 @@ def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
         )
     except ImportError as error:
         raise RecipeError(
-            "model.implementation: transformer_engine is not installed on this machine "
-            "(pip install 'ouro-megatron[gpu]' on a CUDA machine) or use model.implementation=local"
+            "model.implementation: transformer_engine is not installed on this machine; install it beside the CUDA "
+            "build of torch (pip install 'transformer-engine[pytorch]') or use model.implementation=local"
         ) from error
-    layer = ModuleSpec(
-        module=SandwichLayer,
-        submodules=SandwichSubmodules(
-            input_layernorm=TENorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=TEColumnParallelLinear,
-                    core_attention=TEDotProductAttention,
-                    linear_proj=TERowParallelLinear,
-                ),
-            ),
-            post_attention_norm=TENorm,
-            pre_mlp_layernorm=TENorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
-            ),
-            post_mlp_norm=TENorm,
-        ),
+    return _sandwich_block(
+        num_layers,
+        norm=TENorm,
+        column_linear=TEColumnParallelLinear,
+        row_linear=TERowParallelLinear,
+        core_attention=TEDotProductAttention,
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
 
 
 def block_spec(model: ModelSection, num_layers: int) -> TransformerBlockSubmodules:

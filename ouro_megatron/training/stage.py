@@ -6,27 +6,25 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ouro_megatron.checkpoint.folder import newest, remove_incomplete, resolve
 from ouro_megatron.checkpoint.load import load_run
-from ouro_megatron.checkpoint.state import RunState, StageRecord, history_with, read_state
+from ouro_megatron.checkpoint.state import RunState, StageRecord, history_with
 from ouro_megatron.data.dataset import SampleDataset, build_dataset
 from ouro_megatron.data.fingerprint import blend_fingerprint, check_fingerprint
 from ouro_megatron.data.indexed import read_manifest
 from ouro_megatron.data.ranks import from_rank_zero
 from ouro_megatron.data.sampler import GlobalBatchSampler, MicrobatchReader
 from ouro_megatron.data.tokenizer import TextTokenizer, load_tokenizer
-from ouro_megatron.errors import CheckpointError, RecipeError, TrainingError
+from ouro_megatron.errors import TrainingError
 from ouro_megatron.model.looplm import LoopLM, initialise
 from ouro_megatron.parallel.context import ParallelContext, context_for
 from ouro_megatron.parallel.position import Position
 from ouro_megatron.planning.flops import flops_per_token, parameter_counts, peak_flops
-from ouro_megatron.recipe.load import difference, dump_recipe
+from ouro_megatron.recipe.load import dump_recipe
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import BlendEntry, Recipe
 from ouro_megatron.recipe.validate import check_recipe
@@ -35,18 +33,8 @@ from ouro_megatron.telemetry.sink import RunInfo, Sinks
 from ouro_megatron.training.callbacks import Checkpoints, Evaluation, Health, Records, Stopping
 from ouro_megatron.training.engine import Engine
 from ouro_megatron.training.signals import StopSignals
+from ouro_megatron.training.start import Start, find_start
 from ouro_megatron.training.trainer import Progress, Trainer, naming_the_place
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Where the weights of this process come from; decided on rank 0."""
-
-    folder: Path | None
-    """A checkpoint to load; None to draw new weights."""
-    resumed: bool
-    """The checkpoint is this run's own."""
-    notes: tuple[str, ...] = ()
 
 
 def run_stage(recipe: Recipe, signals: StopSignals) -> bool:
@@ -70,7 +58,7 @@ def run_stage(recipe: Recipe, signals: StopSignals) -> bool:
 def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool:
     position = Position(stage=recipe.name)
     plan = BatchPlan(recipe)
-    start = from_rank_zero(lambda: _find_start(recipe, plan))
+    start = from_rank_zero(lambda: find_start(recipe, plan))
     tokenizer = load_tokenizer(recipe.data.tokenizer, model_vocab=recipe.model.vocab)
     fingerprint = from_rank_zero(lambda: _fingerprint(recipe, tokenizer))
     reader = _reader(recipe, context, _dataset(recipe, tokenizer, "train", recipe.data.train, plan.total_samples))
@@ -115,41 +103,8 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
     return trainer.is_done
 
 
-def _find_start(recipe: Recipe, plan: BatchPlan) -> _Start:
-    """Rank 0: cleans up after interrupted saves and picks the checkpoint to load."""
-    root = recipe.run_folder / "checkpoints"
-    own = newest(root)
-    notes = [f"removed {folder}, left by an interrupted save" for folder in remove_incomplete(root)]
-    if own is not None:
-        notes += own.skipped
-        state = read_state(own.folder)
-        _check_same_data_position(recipe, plan, state, own.folder)
-        before = Recipe.model_validate(state.recipe)
-        for path, old, new in difference(before, recipe):
-            notes.append(f"recipe changed since step {state.step}: {path}: {old} -> {new}")
-        return _Start(own.folder, True, tuple(notes))
-    if recipe.init.checkpoint is not None:
-        try:
-            found = resolve(recipe.init.checkpoint)
-        except CheckpointError as error:
-            raise CheckpointError(f"init.checkpoint: {error}") from error
-        return _Start(found.folder, False, tuple(notes + found.skipped))
-    return _Start(None, False, tuple(notes))
-
-
-def _check_same_data_position(recipe: Recipe, plan: BatchPlan, state: RunState, folder: Path) -> None:
-    if plan.at(state.step).consumed_samples != state.samples:
-        raise RecipeError(
-            f"batch: at step {state.step} this recipe has read {plan.at(state.step).consumed_samples} samples, but "
-            f"{folder} has read {state.samples}. Restore batch and data.sequence_length, "
-            "or start a new stage (another name, init.checkpoint)"
-        )
-    if state.step > plan.total_steps:
-        raise RecipeError(f"budget.total ends at step {plan.total_steps}, but {folder} is at step {state.step} already")
-
-
 def _load(
-    recipe: Recipe, engine: Engine, start: _Start, plan: BatchPlan, fingerprint: dict[str, Any]
+    recipe: Recipe, engine: Engine, start: Start, plan: BatchPlan, fingerprint: dict[str, Any]
 ) -> tuple[Progress, list[StageRecord]]:
     assert start.folder is not None
     state = load_run(engine, start.folder, recipe, optimizer=start.resumed or recipe.init.optimizer)
@@ -240,7 +195,7 @@ def _lock(folder: Path) -> int:
 
 @contextmanager
 def _sinks(
-    recipe: Recipe, context: ParallelContext, plan: BatchPlan, progress: Progress, start: _Start
+    recipe: Recipe, context: ParallelContext, plan: BatchPlan, progress: Progress, start: Start
 ) -> Iterator[Sinks | None]:
     """Rank 0's sinks, started, closed whatever happens; None on the other ranks."""
     if context.rank != 0:

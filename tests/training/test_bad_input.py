@@ -70,8 +70,10 @@ def test_init_checkpoint_missing(folder: Path) -> None:
     fails(folder, "CheckpointError", "init.checkpoint", "nowhere", init={"checkpoint": str(folder / "nowhere")})
 
 
-def test_batch_changed_in_the_middle(folder: Path) -> None:
-    fails(folder, "RecipeError", "samples", name="base", batch={"global_tokens": 512})
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_batch_changed_in_the_middle(folder: Path, ranks: int) -> None:
+    sections: dict[str, Any] = {"name": "base", "batch": {"global_tokens": 512}, "parallel": {"data": ranks}}
+    fails(folder, "RecipeError", "samples", ranks=ranks, **sections)
 
 
 def resume(folder: Path) -> list[EventRecord]:
