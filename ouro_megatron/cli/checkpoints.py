@@ -63,8 +63,9 @@ def _table(results: "list[HeldOut]") -> None:
 
     console = Console()
     for result in results:
-        title = f"{result.folder}: {result.layers} layers, {result.sequences} held-out sequences"
-        table = Table("loop", "loss (nats)", "exit probability", title=title, title_justify="left")
+        about = f"{result.folder}: {result.layers} layers, {result.sequences} held-out sequences"
+        console.print(about, soft_wrap=True, highlight=False)
+        table = Table("loop", "loss (nats)", "exit probability")
         means = result.means
         for loop, (ce, p) in enumerate(zip(means.ce, means.exit_probability, strict=True), start=1):
             table.add_row(str(loop), f"{ce:.4f}", f"{p:.3f}")

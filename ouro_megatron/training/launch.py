@@ -95,6 +95,8 @@ class _Ranks:
         self._failures = failures
         self._processes: list[subprocess.Popen[bytes]] = []
         self._interrupts = 0
+        self._early: list[int] = []
+        """Stop signals that came before all ranks were started."""
 
     def run(self) -> int:
         previous = {number: signal.signal(number, self._forward) for number in STOP_SIGNALS}
@@ -130,6 +132,8 @@ class _Ranks:
                         command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                     )
             self._processes.append(process)
+        for number in self._early:
+            self._send(number)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         """Ranks act at their next safe point. A second Ctrl-C ends them at once."""
@@ -138,6 +142,12 @@ class _Ranks:
             if self._interrupts > 1:
                 self._kill()
                 return
+        if len(self._processes) < self._count:
+            self._early.append(number)
+        else:
+            self._send(number)
+
+    def _send(self, number: int) -> None:
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -153,6 +163,8 @@ class _Ranks:
 
     def _fail(self) -> None:
         """Waits a little for the other ranks, then raises the error that came first."""
+        if self._interrupts > 1:
+            raise LaunchedFailure("interrupted twice: ended without saving", 130)
         first = [rank for rank, process in enumerate(self._processes) if process.poll() not in (None, 0)]
         deadline = time.monotonic() + _GRACE_SECONDS
         while time.monotonic() < deadline and any(process.poll() is None for process in self._processes):

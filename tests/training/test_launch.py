@@ -85,6 +85,20 @@ def test_stop_signal_saves_and_leaves_with_75(folder: Path, number: signal.Signa
     assert saved == done_steps(folder, name)[-1] >= 3
 
 
+def test_a_second_ctrl_c_ends_at_once(folder: Path) -> None:
+    file = recipe_file(folder, "impatient", parallel={"tensor": 2}, **ENDLESS)
+    with started(OURO, "train", file) as process:
+        wait_for_steps(folder, "impatient", process)
+        stopped = next(c for c in psutil.Process(process.pid).children() if c.environ().get("RANK") == "1")
+        stopped.suspend()  # so that the first one cannot be obeyed
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130, output
+    assert "interrupted twice" in output
+
+
 def test_goes_on_after_a_stop_and_knows_when_it_is_finished(folder: Path) -> None:
     file = recipe_file(folder, "again", **ENDLESS)
     with started(OURO, "train", file) as process:
