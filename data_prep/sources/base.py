@@ -1,23 +1,58 @@
-"""What a source of documents is: files that can be listed, and documents read from one file at a time."""
+"""What a source of documents is: units of work that can be listed, and documents read from one unit at a time."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 
 @dataclass(frozen=True)
 class Document:
-    """`key` decides whether the document is held out; documents that share text should share the key."""
+    """One text to tokenise."""
 
     key: str
+    """Decides whether the document is held out; documents that share text should share the key."""
     text: str
+    loss_spans: tuple[tuple[int, int], ...] | None = None
+    """Half-open character ranges of `text` whose tokens count in the loss; None: all of it."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What filters may ask for, such as "language" or "score"; not written."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one worker reads alone: a file, or a range of a file that can be entered in the middle. Picklable."""
+
+    path: str
+    """A path or fsspec URL."""
+    size: int
+    """Bytes on disk, for progress and for grouping."""
+    start: int = 0
+    stop: int | None = None
+    """Half-open range in what the format counts (bytes of a plain line file, row groups of a parquet file, rows of an
+    MDS shard); None: to the end. Two units of a file never give the same document, all of them give every one."""
+    stamp: str = ""
+    """Changes when the file does (modification time, etag): a unit that was read from another file is read again."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that could not be read: counted and written down, and the run goes on."""
+
+    path: str
+    where: str
+    """Place in the file: "line 12", "byte 1034", "row 7"."""
+    reason: str
+    ends_unit: bool = False
+    """Nothing after it could be read either, such as after the cut of a truncated file."""
+
+
+Report = Callable[[Fault], None]
 
 
 class SourceBase(BaseModel):
-    """Fields of every source; its own fields and `files` and `read` come with each kind."""
+    """Fields of every source; its own fields and `units` and `read` come with each kind."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,8 +63,12 @@ class SourceBase(BaseModel):
 class Source(Protocol):
     name: str
 
-    def files(self) -> list[Path]:
-        """All input files, always in the same order. Raises DataError when there are none."""
+    def units(self, target_bytes: int) -> list[Unit]:
+        """All units in an order that never changes, each of about `target_bytes` where the format can be split.
 
-    def read(self, file: Path) -> Iterator[Document]:
-        """The documents of one file, in order. Raises DataError naming the file and line."""
+        Raises DataError before any work for what makes the source unusable: nothing there, a missing part, a subset
+        that holds metadata only, a column that does not exist.
+        """
+
+    def read(self, unit: Unit, report: Report) -> Iterator[Document]:
+        """The documents of one unit, in order. A bad record goes to `report` and is passed over."""
