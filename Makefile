@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help setup demo demo-samples test lint clean
 
 help:
-	@echo "make demo   set up, prepare data, train three stages on four CPU ranks, generate, report"
+	@echo "make demo   set up, prepare data, train four stages on four CPU ranks, generate, report"
 	@echo "make test   set up, lint, type check, all tests"
 	@echo "make clean  forget the demo's data and runs, and the virtual environment"
 
@@ -30,27 +30,29 @@ demo: setup
 	"$(BIN)/ouro" data prepare stages/demo/data.yaml
 	"$(BIN)/ouro" train stages/demo/1-stable.yaml
 	test -f $(RUN)/upcycled/complete.json || \
-	  "$(BIN)/ouro" upcycle $(RUN)/1-stable --layers 4 --map stack --optimizer --out $(RUN)/upcycled
+	  "$(BIN)/ouro" upcycle $(RUN)/1-stable --layers 4 --map interleave --residual-scale 0.5 --optimizer \
+	    --out $(RUN)/upcycled
 	"$(BIN)/ouro" train stages/demo/2-upcycled.yaml
 	"$(BIN)/ouro" train stages/demo/3-anneal.yaml
-	test -f $(RUN)/3-anneal/samples.json || $(MAKE) --no-print-directory demo-samples
+	"$(BIN)/ouro" train stages/demo/4-gate.yaml
+	test -f $(RUN)/4-gate/samples.json || $(MAKE) --no-print-directory demo-samples
 	"$(BIN)/ouro" report $(RUN)
 	@echo
 	@echo "Done. Next:"
 	@echo "  open $(RUN)/report/index.html in a browser: loss by loop, exit distribution, generated text"
-	@echo "  $(BIN)/ouro generate $(RUN)/3-anneal --prompt 'def ' --exit q=0.7 --max-loops 8 --temperature 0.8 --depths"
-	@echo "  $(BIN)/ouro evaluate $(RUN)/3-anneal --loops 8"
+	@echo "  $(BIN)/ouro generate $(RUN)/4-gate --prompt 'def ' --exit q=0.7 --max-loops 8 --temperature 0.8 --depths"
+	@echo "  $(BIN)/ouro evaluate $(RUN)/4-gate --loops 8"
 	@echo "  $(BIN)/ouro train stages/demo/1-stable.yaml name=mine optimizer.lr=3e-3    (docs/recipes.md)"
 
 demo-samples:
-	"$(BIN)/ouro" evaluate $(RUN)/3-anneal
-	"$(BIN)/ouro" generate $(RUN)/3-anneal --prompt "The function returns" --exit q=0.5 --temperature 0.7 --depths \
-	  --save $(RUN)/3-anneal/samples.part.json
-	"$(BIN)/ouro" generate $(RUN)/3-anneal --prompt "def __init__(self" --exit step=2 --temperature 0.7 --depths \
-	  --save $(RUN)/3-anneal/samples.part.json
-	"$(BIN)/ouro" generate $(RUN)/3-anneal --prompt "import " --exit q=0.5 --max-loops 6 --cache reuse --temperature 0.7 \
-	  --depths --save $(RUN)/3-anneal/samples.part.json
-	mv $(RUN)/3-anneal/samples.part.json $(RUN)/3-anneal/samples.json
+	"$(BIN)/ouro" evaluate $(RUN)/4-gate
+	"$(BIN)/ouro" generate $(RUN)/4-gate --prompt "The function returns" --exit q=0.5 --temperature 0.7 --depths \
+	  --save $(RUN)/4-gate/samples.part.json
+	"$(BIN)/ouro" generate $(RUN)/4-gate --prompt "def __init__(self" --exit step=2 --temperature 0.7 --depths \
+	  --save $(RUN)/4-gate/samples.part.json
+	"$(BIN)/ouro" generate $(RUN)/4-gate --prompt "import " --exit q=0.5 --max-loops 6 --cache reuse --temperature 0.7 \
+	  --depths --save $(RUN)/4-gate/samples.part.json
+	mv $(RUN)/4-gate/samples.part.json $(RUN)/4-gate/samples.json
 
 lint: setup
 	"$(BIN)/python" -m ruff check .

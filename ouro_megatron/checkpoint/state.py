@@ -84,7 +84,7 @@ def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], folder: Path
     Loops, RoPE base, norm epsilon and the layer implementation do not shape the weights and may differ.
     Raises CheckpointError listing each field that does not fit.
     """
-    free = {"rope_base", "norm_eps", "init_std", "post_norm_init", "implementation", "loops"}
+    free = {"rope_base", "norm_eps", "init_std", "post_norm_init", "gate_bias_init", "implementation", "loops"}
     old, new = saved["model"], wanted["model"]
     defaults = {"kv_heads": "heads", "head_dim": None}
     problems = []

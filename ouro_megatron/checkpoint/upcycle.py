@@ -20,6 +20,7 @@ from ouro_megatron.parallel.platform import write_checkpoints_without_helpers
 
 LayerMap = Literal["stack", "interleave"]
 _LAYER = re.compile(r"^(\w+\.decoder\.layers\.)(\d+)(\..+)$")
+_POST_NORM = re.compile(r"^weight\.decoder\.layers\.\d+\.(post_attention_norm|post_mlp_norm)\.weight$")
 
 
 def layer_map(kind: LayerMap, layers: int, new_layers: int) -> list[int]:
@@ -37,11 +38,15 @@ def layer_map(kind: LayerMap, layers: int, new_layers: int) -> list[int]:
     return [index // times for index in range(new_layers)]
 
 
-def upcycle(source: Path, target: Path, layers: int, kind: LayerMap, *, optimizer: bool) -> None:
+def upcycle(
+    source: Path, target: Path, layers: int, kind: LayerMap, *, optimizer: bool, residual_scale: float = 1.0
+) -> None:
     """Writes a checkpoint of `layers` layers to `target` from the complete checkpoint folder `source`.
 
     One process, inside an initialised context; the whole model is in memory once. With `optimizer` Adam's moments are
-    copied like the weights. Raises CheckpointError when `target` exists, or the layers do not fit.
+    copied like the weights. `residual_scale` multiplies the gains of the norms after each sub-layer, and with them what
+    a layer adds to its input: layers / new layers keeps the sum of a loop's additions, and most of the loss.
+    Raises CheckpointError when `target` exists, or the layers do not fit.
     """
     if target.exists():
         raise CheckpointError(f"{target} exists already; remove it or choose another --out")
@@ -54,7 +59,11 @@ def upcycle(source: Path, target: Path, layers: int, kind: LayerMap, *, optimize
     if optimizer and not any(name.startswith("exp_avg.") for name in tensors):
         raise CheckpointError(f"{source} holds no optimizer state to carry over; leave out --optimizer")
     renamed = deepen(tensors, chosen, (lambda _: True) if optimizer else (lambda name: name.startswith("weight.")))
-    _write(renamed, _new_state(state, layers, kind, optimizer), target)
+    if residual_scale != 1.0:
+        renamed = {
+            name: tensor * residual_scale if _POST_NORM.match(name) else tensor for name, tensor in renamed.items()
+        }
+    _write(renamed, _new_state(state, layers, kind, optimizer, residual_scale), target)
 
 
 def deepen(tensors: dict[str, Tensor], chosen: list[int], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -73,15 +82,12 @@ def deepen(tensors: dict[str, Tensor], chosen: list[int], wanted: Callable[[str]
     return result
 
 
-def _new_state(state: RunState, layers: int, kind: LayerMap, optimizer: bool) -> RunState:
+def _new_state(state: RunState, layers: int, kind: LayerMap, optimizer: bool, residual_scale: float) -> RunState:
     recipe: dict[str, Any] = {**state.recipe, "model": {**state.recipe["model"], "layers": layers}}
-    record = StageRecord(
-        f"{kind} to {layers} layers",
-        "upcycle",
-        0,
-        0,
-        f"{state.recipe['model']['layers']} -> {layers} layers, optimizer {'carried' if optimizer else 'fresh'}",
-    )
+    scaled = "" if residual_scale == 1.0 else f", residual scale {residual_scale:g}"
+    carried = "carried" if optimizer else "fresh"
+    detail = f"{state.recipe['model']['layers']} -> {layers} layers, optimizer {carried}{scaled}"
+    record = StageRecord(f"{kind} to {layers} layers", "upcycle", 0, 0, detail)
     return replace(
         state,
         step=0,

@@ -22,7 +22,7 @@ def evaluate(
 
     Example:
 
-        ouro evaluate runs/demo/3-anneal --loops 8
+        ouro evaluate runs/demo/4-gate --loops 8
     """
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from ouro_megatron.evaluation.held_out import evaluate_checkpoint
@@ -38,18 +38,29 @@ def upcycle(
         Literal["stack", "interleave"], typer.Option("--map", help="stack: 0 1 0 1; interleave: 0 0 1 1.")
     ] = "stack",
     optimizer: Annotated[bool, typer.Option("--optimizer", help="Carry Adam's moments over.")] = False,
+    residual_scale: Annotated[
+        float, typer.Option(min=0.0, help="Multiplies what each layer adds: 0.5 when doubling keeps most of the loss.")
+    ] = 1.0,
     sequences: Annotated[int, typer.Option(min=1, help="Held-out sequences for the losses.")] = 64,
 ) -> None:
     """Make a deeper model by using layers more than once; reports the loss before and right after.
 
     Example:
 
-        ouro upcycle runs/demo/1-stable --layers 8 --map stack --out runs/demo/upcycled
+        ouro upcycle runs/demo/1-stable --layers 8 --map interleave --residual-scale 0.25 --out runs/deep
     """
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from ouro_megatron.evaluation.upcycled import upcycle_and_compare
 
-    compared = upcycle_and_compare(checkpoint, out, layers, layer_map, optimizer=optimizer, sequences=sequences)
+    compared = upcycle_and_compare(
+        checkpoint,
+        out,
+        layers,
+        layer_map,
+        optimizer=optimizer,
+        residual_scale=residual_scale,
+        sequences=sequences,
+    )
     typer.echo(f"{out}: {layers} layers, {layer_map}")
     if compared is None:
         typer.echo("the recipe names no validation data: no losses to compare")

@@ -38,9 +38,9 @@ def generate(
 
     Examples:
 
-        ouro generate runs/demo/3-anneal --prompt "The list" --exit q=0.8 --depths
+        ouro generate runs/demo/4-gate --prompt "The list" --exit q=0.8 --depths
 
-        ouro generate runs/demo/3-anneal --prompt "def main" --exit step=2 --temperature 0.8 --max-loops 8
+        ouro generate runs/demo/4-gate --prompt "def main" --exit step=2 --temperature 0.8 --max-loops 8
     """
     import warnings
 

@@ -167,15 +167,17 @@ class LoopLM(MegatronModule):
 
 @torch.no_grad()
 def initialise(lm: LoopLM, seed: int) -> None:
-    """Draws all weights: matrices N(0, init_std), the gate 0 (so lambda_t = 1/2 at the start), norms 1, but those after
-    a sub-layer `post_norm_init`.
+    """Draws all weights: matrices N(0, init_std), norms 1, but those after a sub-layer `post_norm_init`, the gate's
+    weight 0 and its bias `gate_bias_init` (so lambda_t is sigmoid of it at the start).
 
     Each tensor's draw depends on the seed and its global name alone, so every parallel layout starts from the same
     weights.
     """
     for name, parameter in lm.named_global_parameters():
-        if name.startswith("exit_gate."):
+        if name == "exit_gate.weight":
             parameter.zero_()
+        elif name == "exit_gate.bias":
+            parameter.fill_(lm.model.gate_bias_init)
         elif ".post_attention_norm." in name or ".post_mlp_norm." in name:
             parameter.fill_(lm.model.post_norm_init)
         elif parameter.dim() == 1:

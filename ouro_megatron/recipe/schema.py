@@ -42,6 +42,9 @@ class ModelSection(Section):
     post_norm_init: PositiveFloat = 1.0
     """Gain that the norms after attention and feed-forward start with. Below 1 each loop starts as a gentle refinement
     of its input, which helps small models over the first few hundred steps."""
+    gate_bias_init: float = 0.0
+    """Bias that the exit gate starts with: 0 exits half of each loop's tokens at first, below 0 gives more of the
+    loss to the last loop, so that early training does not starve the deep ones."""
     implementation: Literal["local", "transformer_engine"] = "local"
     """Layer spec: `local` runs anywhere, `transformer_engine` needs CUDA and the `gpu` extra."""
 

@@ -37,8 +37,10 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     return run_ranks(tensors, 1, str(folder))[0]
 
 
-def run_upcycle(source: Path, target: Path, layers: int, kind: LayerMap, optimizer: bool) -> tuple[float, float]:
-    compared = upcycle_and_compare(source, target, layers, kind, optimizer=optimizer, sequences=8)
+def run_upcycle(
+    source: Path, target: Path, layers: int, kind: LayerMap, optimizer: bool, scale: float = 1.0
+) -> tuple[float, float]:
+    compared = upcycle_and_compare(source, target, layers, kind, optimizer=optimizer, residual_scale=scale, sequences=8)
     assert compared is not None
     before, after = compared
     assert (before.layers, after.layers) == (4, layers)
@@ -85,6 +87,17 @@ def test_the_deeper_model_trains_on_another_layout(trained: Path) -> None:
     with pytest.raises(AssertionError, match=r"no optimizer state.*init\.optimizer=false"):
         init = {"checkpoint": str(target), "optimizer": True}
         train(trained, "1x1", name="with-optimizer", model={"layers": 8}, init=init)
+
+
+def test_residual_scale_shrinks_what_layers_add_and_nothing_else(trained: Path, tmp_path: Path) -> None:
+    source = trained / "runs" / "base"
+    for scale in (1.0, 0.5):
+        run_ranks(run_upcycle, 1, source, tmp_path / f"by {scale}", 8, "interleave", True, scale)
+    plain, scaled = read(tmp_path / "by 1.0"), read(tmp_path / "by 0.5")
+    for name, values in plain.items():
+        factor = 0.5 if name.startswith("weight.") and ".post_" in name else 1.0
+        assert np.array_equal(scaled[name], values * factor), name
+    assert "residual scale 0.5" in read_state(tmp_path / "by 0.5").history[-1].detail
 
 
 def test_layer_maps() -> None:
