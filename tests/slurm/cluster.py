@@ -191,12 +191,16 @@ class SlurmCluster:
         """Waits until all jobs are over and returns their final states by id. Slurm delays a requeued job for two
         minutes: by default it is started at once."""
         deadline = time.monotonic() + timeout
+        held_since: dict[str, float] = {}
         while True:
             fields = {str(job): self.show(job) for job in jobs}
             if all(job["JobState"] in FINAL for job in fields.values()):
                 return {name: job["JobState"] for name, job in fields.items()}
             for name, job in fields.items():
-                if skip_requeue_delay and job["JobState"] == "PENDING" and job.get("Reason") == "BeginTime":
+                if not (skip_requeue_delay and job["JobState"] == "PENDING" and job.get("Reason") == "BeginTime"):
+                    held_since.pop(name, None)
+                elif time.monotonic() - held_since.setdefault(name, time.monotonic()) > 2.0:
+                    # Earlier, slurmd would take the new start for the one it has just ended.
                     self.start_now(name)
             if time.monotonic() > deadline:
                 states = {name: f"{job['JobState']} ({job.get('Reason')})" for name, job in fields.items()}
@@ -211,12 +215,17 @@ class SlurmCluster:
         self.run("slurmd", "-f", str(self.folder / "slurm.conf"), "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """As a power cut: everything of the node ends by SIGKILL, then Slurm learns that it is down."""
-        doomed = [self._daemon(f"slurmd-{node}.pid"), *self._processes_of(node)]
+        """As a power cut: everything of the node stops at once, Slurm learns that it is down, and nothing of it stays.
+
+        Frozen first: tasks that were killed while Slurm thinks the node well would be a failure of the job, not of it.
+        """
+        daemon = self._daemon(f"slurmd-{node}.pid")
+        doomed = [*([] if daemon is None else [daemon]), *self._processes_of(node)]
         for process in doomed:
-            if process is not None:
-                _signal(process, signal.SIGKILL)
+            _signal(process, signal.SIGSTOP)
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")
+        for process in doomed:
+            _signal(process, signal.SIGKILL)
 
     def revive_node(self, node: str) -> None:
         """Starts the node's daemon again and waits until it takes jobs."""
@@ -232,11 +241,7 @@ class SlurmCluster:
     def stop(self) -> None:
         """Ends jobs, then daemons, then removes the folder; ends by force what does not go."""
         if self._daemon("slurmctld.pid") is not None:
-            self.run("scancel", "--user", psutil.Process().username(), check=False)
-            try:
-                wait_until(lambda: not self.run("squeue", "-h", check=False).stdout, 5, "jobs are over")
-            except (TimeoutError, subprocess.SubprocessError):
-                self.run("scancel", "--signal=KILL", "--user", psutil.Process().username(), check=False)
+            self._end_jobs()
         for name in ("slurmctld.pid", *(f"slurmd-{node}.pid" for node in self.nodes), "munged.pid"):
             daemon = self._daemon(name)
             if daemon is not None:
@@ -248,6 +253,17 @@ class SlurmCluster:
         for process in self.leftovers():
             _signal(process, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _end_jobs(self) -> None:
+        """Daemons leave quickly only when no job is left."""
+        self.run("scancel", "--user", psutil.Process().username(), check=False)
+        try:
+            wait_until(lambda: not self.run("squeue", "-h", check=False).stdout, 5, "jobs are over")
+        except (TimeoutError, subprocess.SubprocessError):
+            daemons = [self._daemon(file.name) for file in (self.folder / "run").glob("*.pid")]
+            for process in self.leftovers():
+                if process not in daemons:
+                    _signal(process, signal.SIGKILL)
 
     def _daemon(self, pid_file: str) -> psutil.Process | None:
         try:
