@@ -23,10 +23,11 @@ def not_kept(result: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     `make` must be a deterministic function of tensors that are kept anyway; it runs without a graph. Other tensors
     saved inside the block are untouched, and so is `result` itself for whoever else holds it.
     """
-    address = result.untyped_storage().data_ptr()
+    # The hooks live as long as the graph: they must not hold the result itself.
+    address, count = result.untyped_storage().data_ptr(), result.numel()
 
     def pack(saved: Tensor) -> Tensor | _Again:
-        is_result = saved.untyped_storage().data_ptr() == address and saved.numel() == result.numel()
+        is_result = saved.untyped_storage().data_ptr() == address and saved.numel() == count
         return _Again(make, saved.shape) if is_result else saved
 
     def unpack(kept: Tensor | _Again) -> Tensor:
