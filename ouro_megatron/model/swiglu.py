@@ -36,3 +36,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, gate_up_sbf: Tensor) -> Tensor:
         return _SwiGLU.apply(gate_up_sbf)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Megatron's feed-forward asks each of its parts when a checkpoint is saved or loaded; this one has no tensors."""
+        return {}
