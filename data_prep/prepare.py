@@ -20,7 +20,8 @@ import yaml
 from pydantic import ValidationError
 
 from data_prep.recipe import DataRecipe, TrainTokenizer
-from data_prep.shards import ShardTask, entropy_of, group_files, token_counts, tokenise_shard
+from data_prep.shards import ShardTask, entropy_of, group_units, token_counts, tokenise_shard
+from data_prep.sources.base import Unit
 from data_prep.sources.registry import AnySource
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.writer import PairWriter, token_dtype
@@ -70,11 +71,11 @@ def prepare(recipe: DataRecipe, watcher: Watcher, *, workers: int, force: bool =
 
 
 def _prepare(recipe: DataRecipe, watcher: Watcher, workers: int, force: bool) -> list[Path]:
-    files = {source.name: source.files() for source in recipe.sources}
-    keys = {source.name: _source_key(source, files[source.name]) for source in recipe.sources}
+    units = {source.name: source.units(recipe.shard_bytes) for source in recipe.sources}
+    keys = {source.name: _source_key(source, units[source.name]) for source in recipe.sources}
     _tokenizer(recipe, keys, watcher, force)
     tokenizer = load_tokenizer(recipe.tokenizer_folder)
-    jobs = [_Job(recipe, source, tokenizer, files[source.name], keys[source.name]) for source in recipe.sources]
+    jobs = [_Job(recipe, source, tokenizer, units[source.name], keys[source.name]) for source in recipe.sources]
     for job in jobs:
         if not force and job.is_current():
             watcher.say(f"{job.source.name}: up to date")
@@ -90,12 +91,11 @@ def _prepare(recipe: DataRecipe, watcher: Watcher, workers: int, force: bool) ->
     return [prefix for job in jobs for prefix, _ in job.outputs()]
 
 
-def _source_key(source: AnySource, files: Sequence[Path]) -> str:
-    """Changes when the source's settings or any of its files (path, size, time) do."""
+def _source_key(source: AnySource, units: Sequence[Unit]) -> str:
+    """Changes when the source's settings or any of its units (path, range, size, stamp) do."""
     digest = hashlib.sha256(f"{_VERSION}\n{source!r}\n".encode())
-    for file in files:
-        status = file.stat()
-        digest.update(f"{file}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
+    for unit in units:
+        digest.update(f"{unit!r}\n".encode())
     return digest.hexdigest()
 
 
@@ -127,7 +127,7 @@ class _Job:
     recipe: DataRecipe
     source: AnySource
     tokenizer: TextTokenizer
-    files: Sequence[Path]
+    units: Sequence[Unit]
     source_key: str
 
     @property
@@ -159,7 +159,7 @@ class _Job:
         )
 
     def tasks(self) -> list[ShardTask]:
-        groups = group_files(list(self.files), self.recipe.shard_bytes)
+        groups = group_units(self.units, self.recipe.shard_bytes)
         return [
             ShardTask(
                 self.source,
@@ -201,7 +201,7 @@ def _run_shards(job: _Job, watcher: Watcher, workers: int) -> None:
 
 
 def _bytes(task: ShardTask) -> int:
-    return sum(file.stat().st_size for file in task.files)
+    return sum(unit.size for unit in task.units)
 
 
 def _merge(job: _Job, prefix: Path, split: str) -> None:

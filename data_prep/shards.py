@@ -2,18 +2,19 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.encode import batch_encoder
-from data_prep.sources.base import Document
+from data_prep.sources.base import Document, Fault, Unit
 from data_prep.sources.registry import AnySource
 from data_prep.writer import PairWriter, token_dtype
 from ouro_megatron.data.indexed import with_suffix
 from ouro_megatron.data.tokenizer import load_tokenizer
+from ouro_megatron.errors import DataError
 
 _BATCH = 64
 """Documents tokenised at one time."""
@@ -21,10 +22,10 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Files of one source to tokenise into PARTS/train and PARTS/validation; picklable."""
+    """Units of one source to tokenise into PARTS/train and PARTS/validation; picklable."""
 
     source: AnySource
-    files: tuple[Path, ...]
+    units: tuple[Unit, ...]
     parts: Path
     tokenizer: Path
     validation_fraction: float
@@ -43,21 +44,25 @@ def is_held_out(key: str, fraction: float) -> bool:
     return number < fraction * 2**64
 
 
-def group_files(files: list[Path], shard_bytes: int) -> list[tuple[Path, ...]]:
-    """Consecutive files of about `shard_bytes` together; a larger file stands alone."""
-    groups: list[tuple[Path, ...]] = []
-    current: list[Path] = []
+def group_units(units: Sequence[Unit], shard_bytes: int) -> list[tuple[Unit, ...]]:
+    """Consecutive units of about `shard_bytes` together; a larger one stands alone."""
+    groups: list[tuple[Unit, ...]] = []
+    current: list[Unit] = []
     size = 0
-    for file in files:
-        bytes_here = file.stat().st_size
-        if current and size + bytes_here > shard_bytes:
+    for unit in units:
+        if current and size + unit.size > shard_bytes:
             groups.append(tuple(current))
             current, size = [], 0
-        current.append(file)
-        size += bytes_here
+        current.append(unit)
+        size += unit.size
     if current:
         groups.append(tuple(current))
     return groups
+
+
+def refuse(fault: Fault) -> None:
+    """A report that stops at the first fault."""
+    raise DataError(f"{fault.path}, {fault.where}: {fault.reason}")
 
 
 def tokenise_shard(task: ShardTask) -> int:
@@ -86,8 +91,8 @@ def tokenise_shard(task: ShardTask) -> int:
 
 def _batches(task: ShardTask) -> Iterator[list[Document]]:
     batch: list[Document] = []
-    for file in task.files:
-        for document in task.source.read(file):
+    for unit in task.units:
+        for document in task.source.read(unit, refuse):
             if document.text:
                 batch.append(document)
             if len(batch) == _BATCH:

@@ -2,11 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.recipe import DataRecipe, TrainTokenizer
-from data_prep.shards import is_held_out
+from data_prep.shards import is_held_out, refuse
+from data_prep.sources.base import Unit
 from data_prep.sources.registry import AnySource
 from ouro_megatron.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
@@ -43,17 +44,16 @@ def train_tokenizer(recipe: DataRecipe, settings: TrainTokenizer, folder: Path, 
 
 def _sample(recipe: DataRecipe, sample_bytes: int) -> Iterator[str]:
     for source in recipe.sources:
-        yield from _sample_of(source, sample_bytes // len(recipe.sources), recipe.validation_fraction)
+        units = source.units(recipe.shard_bytes)
+        yield from _sample_of(source, units, sample_bytes // len(recipe.sources), recipe.validation_fraction)
 
 
-def _sample_of(source: AnySource, limit: int, held_out: float) -> Iterator[str]:
-    """Every k-th file, so that a small sample still sees all of the source."""
-    files = source.files()
-    total = sum(file.stat().st_size for file in files)
-    stride = max(1, total // limit)
+def _sample_of(source: AnySource, units: Sequence[Unit], limit: int, held_out: float) -> Iterator[str]:
+    """Every k-th unit, so that a small sample still sees all of the source."""
+    stride = max(1, sum(unit.size for unit in units) // limit)
     seen = 0
-    for file in files[::stride]:
-        for document in source.read(file):
+    for unit in units[::stride]:
+        for document in source.read(unit, refuse):
             if is_held_out(document.key, held_out):
                 continue
             seen += len(document.text.encode())

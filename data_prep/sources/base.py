@@ -1,6 +1,6 @@
 """What a source of documents is: units of work that can be listed, and documents read from one unit at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
@@ -18,6 +18,9 @@ class Document:
     """Half-open character ranges of `text` whose tokens count in the loss; None: all of it."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """What filters may ask for, such as "language" or "score"; not written."""
+    messages: Sequence[Mapping[str, Any]] | None = None
+    """Turns of a conversation, each with `role` and `content`; `text` is "" then. The tokenizer's chat template turns
+    them into ids, and the assistant's turns alone count in the loss."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from data_prep.sources.base import Document, SourceBase
+from data_prep.sources.base import Document, Fault, Report, SourceBase, Unit
+from data_prep.sources.files import unit_of
 from ouro_megatron.errors import DataError
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "lib2to3"}
@@ -31,9 +32,13 @@ def _key(file: Path) -> str:
     return str(file.relative_to(root)) if file.is_relative_to(root) else file.name
 
 
-def _source(file: Path) -> str:
-    # A few library files are deliberately not UTF-8; their odd characters do not matter here.
-    return file.read_text(encoding="utf-8", errors="replace")
+def _source(file: Path, report: Report) -> str:
+    try:
+        # A few library files are deliberately not UTF-8; their odd characters do not matter here.
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        report(Fault(str(file), "byte 0", f"cannot be read: {error.strerror}", ends_unit=True))
+        return ""
 
 
 class PythonStdlib(SourceBase):
@@ -41,11 +46,12 @@ class PythonStdlib(SourceBase):
 
     kind: Literal["python_stdlib"]
 
-    def files(self) -> list[Path]:
-        return _modules()
+    def units(self, target_bytes: int) -> list[Unit]:
+        return [unit_of(file) for file in _modules()]
 
-    def read(self, file: Path) -> Iterator[Document]:
-        text = _source(file)
+    def read(self, unit: Unit, report: Report) -> Iterator[Document]:
+        file = Path(unit.path)
+        text = _source(file, report)
         if text.strip():
             yield Document(_key(file), text)
 
@@ -55,16 +61,17 @@ class PythonProse(SourceBase):
 
     kind: Literal["python_prose"]
 
-    def files(self) -> list[Path]:
+    def units(self, target_bytes: int) -> list[Unit]:
         import pydoc_data.topics
 
-        return [Path(pydoc_data.topics.__file__), *_modules()]
+        return [unit_of(file) for file in (Path(pydoc_data.topics.__file__), *_modules())]
 
-    def read(self, file: Path) -> Iterator[Document]:
+    def read(self, unit: Unit, report: Report) -> Iterator[Document]:
+        file = Path(unit.path)
         if file.name == "topics.py" and file.parent.name == "pydoc_data":
             yield from _topics()
             return
-        prose = "\n\n".join(_docstrings(file))
+        prose = "\n\n".join(_docstrings(_source(file, report)))
         if prose:
             yield Document(_key(file), prose + "\n")
 
@@ -76,9 +83,9 @@ def _topics() -> Iterator[Document]:
         yield Document(f"topic/{name}", text.strip() + "\n")
 
 
-def _docstrings(file: Path) -> Iterator[str]:
+def _docstrings(source: str) -> Iterator[str]:
     try:
-        tree = ast.parse(_source(file))
+        tree = ast.parse(source)
     except SyntaxError:  # templates and deliberately broken examples hold no documentation
         return
     for node in ast.walk(tree):

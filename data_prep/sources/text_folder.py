@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from data_prep.sources.base import Document, SourceBase
-from ouro_megatron.errors import DataError
+from data_prep.sources.base import Document, Fault, Report, SourceBase, Unit
+from data_prep.sources.files import find_files, unit_of
 
 
 class TextFolder(SourceBase):
@@ -14,15 +14,16 @@ class TextFolder(SourceBase):
     pattern: str = "**/*.txt"
     """Glob below `path`."""
 
-    def files(self) -> list[Path]:
-        found = sorted(file for file in self.path.glob(self.pattern) if file.is_file())
-        if not found:
-            raise DataError(f"source {self.name}: no file matches {self.pattern!r} below {self.path}")
-        return found
+    def units(self, target_bytes: int) -> list[Unit]:
+        return [unit_of(file) for file in find_files(self.name, self.path, self.pattern)]
 
-    def read(self, file: Path) -> Iterator[Document]:
+    def read(self, unit: Unit, report: Report) -> Iterator[Document]:
+        file = Path(unit.path)
         try:
             text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"source {self.name}: {file} cannot be read as UTF-8 text: {error}") from error
-        yield Document(str(file.relative_to(self.path)), text)
+        except UnicodeDecodeError as error:
+            report(Fault(unit.path, f"byte {error.start}", f"not UTF-8: {error.reason}"))
+        except OSError as error:
+            report(Fault(unit.path, "byte 0", f"cannot be read: {error.strerror}", ends_unit=True))
+        else:
+            yield Document(str(file.relative_to(self.path)) if file != self.path else file.name, text)

@@ -52,6 +52,8 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
+        # Megatron's name for an activation that the layer spec brings: ours (model/swiglu.py).
+        use_te_activation_func=True,
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
         recompute_granularity="full" if recompute == "full" else None,

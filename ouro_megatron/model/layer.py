@@ -18,6 +18,7 @@ from torch import Tensor
 from ouro_megatron.errors import RecipeError
 from ouro_megatron.model.attention import ScaledDotProductAttention
 from ouro_megatron.model.norm import RMSNorm
+from ouro_megatron.model.swiglu import SwiGLU
 from ouro_megatron.recipe.schema import ModelSection
 
 
@@ -72,6 +73,7 @@ def _sandwich_block(
 ) -> TransformerBlockSubmodules:
     """`num_layers` sandwich layers and a final norm from one library's parts."""
     attention = SelfAttentionSubmodules(linear_qkv=column_linear, core_attention=core_attention, linear_proj=row_linear)
+    mlp = MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear, activation_func=SwiGLU)
     layer = ModuleSpec(
         module=SandwichLayer,
         submodules=SandwichSubmodules(
@@ -81,7 +83,7 @@ def _sandwich_block(
             ),
             post_attention_norm=norm,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear)),
+            mlp=ModuleSpec(module=MLP, submodules=mlp),
             post_mlp_norm=norm,
         ),
     )

@@ -15,7 +15,8 @@ import yaml
 import zstandard
 
 from data_prep.prepare import load_data_recipe, prepare
-from data_prep.shards import entropy_of, group_files, is_held_out
+from data_prep.shards import entropy_of, group_units, is_held_out, refuse
+from data_prep.sources.base import Unit
 from data_prep.sources.python_library import PythonProse, PythonStdlib
 from data_prep.verify import documents, stats, verify
 from ouro_megatron.data.tokenizer import load_tokenizer
@@ -204,7 +205,7 @@ def test_bad_recipes(root: Path, changes: dict, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{broken", r"bad\.jsonl, line 2"), ('{"body": "x"}', "no field 'text'"), ('{"text": 5}', "int")],
+    [("{broken", r"bad\.jsonl, byte 17"), ('{"body": "x"}', "no field 'text'"), ('{"text": 5}', "int")],
 )
 def test_bad_lines(root: Path, line: str, words: str) -> None:
     (root / "raw" / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\n" + line + "\n")
@@ -221,12 +222,12 @@ def test_cut_off_archive(root: Path) -> None:
 
 def test_prose_held_out_is_not_in_the_code() -> None:
     code, prose = PythonStdlib(name="c", kind="python_stdlib"), PythonProse(name="p", kind="python_prose")
-    file = next(path for path in code.files() if path.name == "argparse.py")
-    (document,) = code.read(file)
-    (docstrings,) = prose.read(file)
+    unit = next(unit for unit in code.units(1000) if Path(unit.path).name == "argparse.py")
+    (document,) = code.read(unit, refuse)
+    (docstrings,) = prose.read(unit, refuse)
     assert document.key == docstrings.key == "argparse.py"
     assert docstrings.text[:80] in document.text
-    assert not any("pydoc_data" in str(path) for path in code.files())
+    assert not any("pydoc_data" in unit.path for unit in code.units(1000))
 
 
 def test_digits_stay_single_and_entropy_is_the_formula(root: Path) -> None:
@@ -236,12 +237,8 @@ def test_digits_stay_single_and_entropy_is_the_formula(root: Path) -> None:
     assert entropy_of(np.array([1, 1, 1, 1])) == pytest.approx(np.log(4))
 
 
-def test_shards_keep_the_order_of_files(tmp_path: Path) -> None:
-    files = []
-    for index, size in enumerate([5, 5, 20, 1, 1]):
-        path = tmp_path / str(index)
-        path.write_bytes(b"x" * size)
-        files.append(path)
-    groups = group_files(files, 10)
+def test_shards_keep_the_order_of_units() -> None:
+    units = [Unit(str(index), size) for index, size in enumerate([5, 5, 20, 1, 1])]
+    groups = group_units(units, 10)
     assert [len(group) for group in groups] == [2, 1, 2]
-    assert [path for group in groups for path in group] == files
+    assert [unit for group in groups for unit in group] == units
