@@ -79,7 +79,7 @@ def _speed_line(plan: Plan) -> str:
 
 
 def show_search(plans: list[Plan], console: Console, rows: int) -> None:
-    """Prints the best layouts, fastest first: sequences a microbatch (batch), microbatches (m), what does not fit in red."""
+    """Prints the best layouts, fastest first; batch is sequences a microbatch, m microbatches, red does not fit."""
     fitting = sum(plan.fits for plan in plans)
     table = Table(title=f"{len(plans)} layouts can run, {fitting} fit into memory; the first {min(rows, len(plans))}")
     for name in ("TP", "PP", "DP", "batch", "m", "recompute", "s/step", "tok/s", "MFU", "bubble", "GiB", "days"):
