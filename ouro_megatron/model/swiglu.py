@@ -36,3 +36,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, gate_up_sbf: Tensor) -> Tensor:
         return _SwiGLU.apply(gate_up_sbf)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Nothing to save; Megatron's MLP asks each of its parts."""
+        return {}
