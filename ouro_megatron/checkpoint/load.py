@@ -12,6 +12,7 @@ from ouro_megatron.checkpoint.folder import resolve
 from ouro_megatron.checkpoint.save import describe
 from ouro_megatron.checkpoint.state import RunState, check_same_model, read_state
 from ouro_megatron.checkpoint.tensors import moment_template, put_optimizer, put_weights, weight_template
+from ouro_megatron.checkpoint.verify import check_contents
 from ouro_megatron.data.tokenizer import TextTokenizer, load_tokenizer
 from ouro_megatron.errors import CheckpointError
 from ouro_megatron.model.looplm import LoopLM
@@ -80,9 +81,14 @@ def load_for_inference(path: Path, device: str = "cpu", context: ParallelContext
     """The model at `path` (a checkpoint, a folder of them, or a run folder) in fp32.
 
     In one process, or at the layout of `context`, whose ranks all call this together.
-    Raises CheckpointError as `resolve` does and DataError when its tokenizer has moved.
+    Its files are read against their hashes first. Raises CheckpointError as `resolve` does, or when a file has changed,
+    and DataError when its tokenizer has moved.
     """
     found = resolve(path)
+    if context is None:
+        check_contents(found.folder)
+    else:
+        check_contents(found.folder, context.rank, context.world_size)
     state = read_state(found.folder)
     recipe = Recipe.model_validate(state.recipe)
     tokenizer = load_tokenizer(recipe.data.tokenizer, model_vocab=recipe.model.vocab)

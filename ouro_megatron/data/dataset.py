@@ -59,6 +59,14 @@ class SampleDataset(Dataset[dict[str, torch.Tensor]]):
         """Name of the source that sample k comes from."""
         return self.names[int(self._blend.dataset_index[k])]
 
+    def source_counts(self, start: int, end: int) -> dict[str, int]:
+        """Samples of [start, end) by source; sources of the same name are added up."""
+        taken = np.bincount(np.asarray(self._blend.dataset_index[start:end]), minlength=len(self.names))
+        counts: dict[str, int] = {}
+        for name, count in zip(self.names, taken, strict=True):
+            counts[name] = counts.get(name, 0) + int(count)
+        return counts
+
     def counts(self) -> dict[str, int]:
         """Samples taken from each source."""
         taken = np.bincount(np.asarray(self._blend.dataset_index), minlength=len(self.names))

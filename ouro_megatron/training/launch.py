@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from ouro_megatron.checkpoint.folder import newest, step_of
+from ouro_megatron.checkpoint.state import read_state
 from ouro_megatron.errors import STOPPED_EXIT_CODE, OuroError, TrainingError
 from ouro_megatron.recipe.load import dump_recipe
 from ouro_megatron.recipe.schedule import BatchPlan
@@ -63,7 +64,9 @@ def train(recipe: Recipe, nproc: int | None) -> int:
 
 def _is_finished(recipe: Recipe) -> bool:
     found = newest(recipe.run_folder / "checkpoints")
-    return found is not None and (step_of(found.folder) or 0) == BatchPlan(recipe).total_steps
+    if found is None or (step_of(found.folder) or 0) != BatchPlan(recipe).total_steps:
+        return False
+    return not read_state(found.folder).pending_evaluation
 
 
 @contextmanager
