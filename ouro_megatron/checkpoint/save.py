@@ -1,5 +1,6 @@
 """Saves a run so that an interruption at any moment leaves either a whole checkpoint or none."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from ouro_megatron.parallel.context import ParallelContext
 from ouro_megatron.parallel.platform import write_checkpoints_without_helpers
 from ouro_megatron.parallel.position import Position
 from ouro_megatron.training.engine import Engine
+
+_FULL = 2**20
+"""Bytes: a file system with less than this is what made a write fail."""
 
 
 def save(engine: Engine, root: Path, state: RunState) -> Path:
@@ -78,7 +82,7 @@ class PendingSave:
             write_state(self.folder, self._state)
             mark_complete(self.folder, hashes)
         except OSError as error:
-            raise CheckpointError(_message("rank 0", self.folder, str(error))) from error
+            raise CheckpointError(_message("rank 0", self.folder, _with_space(str(error), self.folder))) from error
 
 
 def begin_save(engine: Engine, root: Path, state: RunState, *, background: bool) -> PendingSave:
@@ -108,7 +112,7 @@ def _make_room(folder: Path) -> None:
             remove(folder)
         folder.mkdir(parents=True)
     except OSError as error:
-        raise CheckpointError(_message("rank 0", folder, str(error))) from error
+        raise CheckpointError(_message("rank 0", folder, _with_space(str(error), folder))) from error
 
 
 def _plan(tensors: ShardedStateDict, folder: Path) -> dist_checkpointing.serialization.AsyncRequest:
@@ -124,7 +128,18 @@ def _naming(context: ParallelContext, folder: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(_message(context.describe_rank(), folder, describe(error))) from error
+        raise CheckpointError(
+            _message(context.describe_rank(), folder, _with_space(describe(error), folder))
+        ) from error
+
+
+def _with_space(why: str, folder: Path) -> str:
+    """torch's own writer says "iostream error" when the disk is full."""
+    try:
+        free = shutil.disk_usage(folder.parent).free
+    except OSError:
+        return why
+    return why if free > _FULL or "No space left" in why else f"{why} (No space left on device: {free} bytes are free)"
 
 
 def _message(who: str, folder: Path, why: str) -> str:
