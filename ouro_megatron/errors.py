@@ -37,5 +37,11 @@ class MetricsError(OuroError):
     exit_code = 6
 
 
+class DashboardError(OuroError):
+    """A dashboard that cannot be written or that the server does not take."""
+
+    exit_code = 6
+
+
 STOPPED_EXIT_CODE = 75
 """A run that saved and left because it was told to (TERM, USR1): submit it again to go on (EX_TEMPFAIL)."""

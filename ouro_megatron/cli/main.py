@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ouro_megatron.cli.checkpoints import evaluate, upcycle
+from ouro_megatron.cli.dashboard import dashboard
 from ouro_megatron.cli.data import data
 from ouro_megatron.cli.generate import generate
 from ouro_megatron.cli.recipe import recipe
@@ -45,6 +46,7 @@ app.command()(generate)
 app.command()(evaluate)
 app.command()(upcycle)
 app.command()(report)
+app.command()(dashboard)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 

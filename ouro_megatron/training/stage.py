@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from ouro_megatron.recipe.load import dump_recipe
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import BlendEntry, Recipe
 from ouro_megatron.recipe.validate import check_recipe
+from ouro_megatron.telemetry.git_state import git_state
 from ouro_megatron.telemetry.setup import standard_sinks
-from ouro_megatron.telemetry.sink import RunInfo, Sinks
+from ouro_megatron.telemetry.sink import RunInfo, Sinks, pipeline_of
 from ouro_megatron.training.callbacks import Evaluation, Records
 from ouro_megatron.training.checkpoints import Checkpoints
 from ouro_megatron.training.data_stream import DataStream
@@ -91,7 +93,7 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
             progress, history = _load(recipe, engine, start, guard, fingerprint)
         else:
             engine.adopt_weights()
-    with _sinks(recipe, context, plan, progress, start) as sinks:
+    with _sinks(recipe, context, plan, progress, start, history) as sinks:
         returns = Rollbacks(
             recipe.run_folder, lambda folder: load_run(engine, folder, recipe, optimizer=True), rollbacks
         )
@@ -233,7 +235,12 @@ def _lock(folder: Path) -> int:
 
 @contextmanager
 def _sinks(
-    recipe: Recipe, context: ParallelContext, plan: BatchPlan, progress: Progress, start: Start
+    recipe: Recipe,
+    context: ParallelContext,
+    plan: BatchPlan,
+    progress: Progress,
+    start: Start,
+    history: list[StageRecord],
 ) -> Iterator[Sinks | None]:
     """Rank 0's sinks, started, closed whatever happens; None on the other ranks."""
     if context.rank != 0:
@@ -253,6 +260,9 @@ def _sinks(
             start_step=progress.step,
             total_steps=plan.total_steps,
             resumed=start.resumed,
+            pipeline=pipeline_of(recipe),
+            lineage=[asdict(record) for record in history],
+            git=git_state(),
         )
     )
     try:
