@@ -17,7 +17,7 @@ class StageRecord:
 
     name: str
     kind: str
-    """"training" or "upcycle"."""
+    """"training", "upcycle" or "import"."""
     steps: int
     tokens: int
     detail: str
@@ -51,8 +51,8 @@ class RunState:
     """Skipped updates in a row, the window that outliers are judged by, and rollbacks; see training/progress.py."""
     pending_evaluation: bool = False
     """A stop interrupted the evaluation that was due at this step: it is made up for when the run goes on."""
-    origin: Literal["training", "upcycle"] = "training"
-    """`upcycle`: made from another checkpoint; its counters are those of a stage that has not begun."""
+    origin: Literal["training", "upcycle", "import"] = "training"
+    """`upcycle`, `import`: made from another model; its counters are those of a stage that has not begun."""
     format: int = FORMAT
 
 
@@ -75,7 +75,7 @@ def read_state(folder: Path) -> RunState:
 
 def history_with(state: RunState) -> list[StageRecord]:
     """The history a stage begins with when it starts from this checkpoint: all before it, and its own stage."""
-    if state.origin == "upcycle":  # its history ends with the upcycling already
+    if state.origin != "training":  # its history ends with the upcycling or import already
         return list(state.history)
     model, data = state.recipe["model"], state.recipe["data"]
     detail = f"{model['layers']} layers x {model['loops']} loops, sequence {data['sequence_length']}"

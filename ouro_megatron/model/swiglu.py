@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -39,6 +40,6 @@ class SwiGLU(nn.Module):
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Nothing to save; Megatron's MLP asks each of its parts."""
+    ) -> ShardedStateDict:
+        """Nothing to save; Megatron's MLP asks every part of it."""
         return {}
