@@ -39,9 +39,17 @@ class PendingSave:
     """A checkpoint whose tensors are copied and whose files are being written; it counts once `commit` has returned."""
 
     def __init__(
-        self, context: ParallelContext, position: Position, folder: Path, state: RunState, files: RankFiles
+        self,
+        context: ParallelContext,
+        position: Position,
+        folder: Path,
+        state: RunState,
+        files: RankFiles,
+        *,
+        in_background: bool,
     ) -> None:
         self.folder = folder
+        self.in_background = in_background
         self.step = state.step
         self._context = context
         self._position = position
@@ -98,7 +106,7 @@ def begin_save(engine: Engine, root: Path, state: RunState, *, background: bool)
     with _naming(context, folder):
         on_rank_zero(lambda: _make_room(folder))
         files = RankFiles(_plan(tensors, folder))
-        pending = PendingSave(context, engine.position, folder, state, files)
+        pending = PendingSave(context, engine.position, folder, state, files, in_background=background)
         if background:
             files.write_in_background()
         else:

@@ -77,7 +77,7 @@ def _push(workspace: Any) -> str:
     except OuroError:
         raise
     except (Exception, SystemExit) as error:
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DashboardError(f"Weights & Biases did not take the dashboard: {why}. Is `wandb login` done?") from error
 
 

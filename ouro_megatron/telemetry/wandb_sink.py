@@ -75,9 +75,9 @@ class WandbSink:
             )
             opened.define_metric(X_AXIS)
             opened.define_metric("*", step_metric=X_AXIS)
-            recipe = run.run_folder / "recipe.yaml"
-            if recipe.is_file():
-                opened.save(str(recipe), base_path=str(run.run_folder), policy="now")
+            for name in ("recipe.yaml", "lineage.json"):
+                if (run.run_folder / name).is_file():
+                    opened.save(str(run.run_folder / name), base_path=str(run.run_folder), policy="now")
             box.append(opened)
         except BaseException as error:  # wandb ends with SystemExit and errors of its own alike
             box.append(error)

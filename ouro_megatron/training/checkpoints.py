@@ -81,7 +81,7 @@ class Checkpoints:
 
         deleted = prune(self._root, settings.keep_last, is_permanent)
         if self._sinks is not None:
-            beside = f" in {duration(pending.seconds)} beside training" if settings.asynchronous else ""
+            beside = f" within {duration(pending.seconds)} beside training" if pending.in_background else ""
             gone = f"; deleted {', '.join(path.name for path in deleted)}" if deleted else ""
             self._sinks.notify("checkpoint", f"saved {pending.folder}{beside}{gone}")
 

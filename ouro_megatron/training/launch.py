@@ -32,6 +32,12 @@ _GRACE_SECONDS = 10.0
 """Between the first failure and killing the other ranks: long enough for them to say what they saw."""
 
 
+_SIGNAL_HINTS = {
+    "SIGKILL": " (out of memory? see dmesg)",
+    "SIGBUS": " (a mapped data file was cut short, or its disk failed: check it with `ouro data verify`)",
+}
+
+
 class LaunchedFailure(TrainingError):
     """A rank failed; carries that rank's exit code."""
 
@@ -198,7 +204,7 @@ class Ranks:
             code = self._processes[rank].returncode
             if rank not in reports and code < 0:
                 name = signal.Signals(-code).name
-                hint = " (out of memory? see dmesg)" if name == "SIGKILL" else ""
+                hint = _SIGNAL_HINTS.get(name, "")
                 return LaunchedFailure(
                     f"rank {rank} was ended by {name}{hint}; the run was stopped. "
                     "Start it again to go on from its last checkpoint",

@@ -258,6 +258,8 @@ def _sinks(
     folder = recipe.run_folder
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     _write_data_facts(recipe)
+    lineage = [asdict(record) for record in history]
+    (folder / "lineage.json").write_text(json.dumps(lineage, indent=1), encoding="utf-8")
     sinks = standard_sinks(recipe.logging)
     sinks.start(
         RunInfo(
@@ -270,7 +272,7 @@ def _sinks(
             total_steps=plan.total_steps,
             resumed=start.resumed,
             pipeline=pipeline_of(recipe),
-            lineage=[asdict(record) for record in history],
+            lineage=lineage,
             git=git_state(),
         )
     )

@@ -84,7 +84,8 @@ def draw(seed: int) -> Case:
         first = _fault(generator, kind)
     faults = [first]
     if first.kind in ("kill", "term") and generator.random() < 0.4:
-        faults.append(_crash(generator, "kill", places=(*PLACES[:6], "start", "load")))
+        started_with = ("load",) if first.kind == "term" or first.step > EVERY + 2 else ()
+        faults.append(_crash(generator, "kill", places=(*PLACES[:5], "start", *started_with)))
     return Case(seed, layout, asynchronous, faults, bad_data, bad_sample)
 
 

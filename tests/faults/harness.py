@@ -81,17 +81,15 @@ class ForkedRank:
 
     def __init__(self, process: Any) -> None:
         self._process = process
+        self.returncode: int | Any = None
 
     @property
     def pid(self) -> int:
         return int(self._process.pid)
 
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
     def poll(self) -> int | None:
-        return self._process.exitcode
+        self.returncode = self._process.exitcode
+        return self.returncode
 
     def send_signal(self, sig: int) -> None:
         os.kill(self.pid, sig)
@@ -101,7 +99,8 @@ class ForkedRank:
 
     def wait(self) -> int:
         self._process.join()
-        return int(self._process.exitcode)
+        self.returncode = self._process.exitcode
+        return int(self.returncode)
 
 
 class ForkedRanks(Ranks):

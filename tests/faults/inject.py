@@ -121,7 +121,7 @@ def _wrap_files(watch: Watch) -> None:
 
     writer_module.RankFiles._write_file = write_file  # type: ignore[method-assign]
     writer_module.hash_of = hash_file
-    Path.replace = rename  # type: ignore[method-assign]
+    Path.replace = rename  # type: ignore[method-assign, assignment]
     folder_module.shutil.rmtree = delete  # type: ignore[assignment]
 
 
@@ -132,7 +132,7 @@ def _action(fault: Fault, data: Path, checkpoints: Path) -> Callable[[], None]:
         "corrupt checkpoint": lambda: os.kill(pid, signal.SIGKILL),
         "term": lambda: _terminate(fault.detail == "all ranks"),
         "disk full": lambda: _fill(checkpoints),
-        "corrupt data": lambda: data.write_bytes(b"\xff" * data.stat().st_size),
+        "corrupt data": lambda: _overwrite(data),
         "clock": lambda: ctypes.CDLL(None).ouro_move_wall_clock(ctypes.c_long(int(fault.detail))),
         "wandb gone": _kill_wandb,
         "slow rank": lambda: _freeze(SLOW_SECONDS),
@@ -147,6 +147,12 @@ def _terminate(everyone: bool) -> None:
     server = here.parent()  # has forked the ranks and nothing else
     for process in server.children() if everyone and server else [here]:
         process.send_signal(signal.SIGTERM)
+
+
+def _overwrite(path: Path) -> None:
+    """In place: the ranks have it mapped, and its length stays."""
+    with path.open("r+b", buffering=0) as file:
+        file.write(b"\xff" * path.stat().st_size)
 
 
 def _fill(folder: Path) -> None:
