@@ -15,8 +15,8 @@ from tests.telemetry.test_metrics_file import evaluation, info, step
 def test_scalars_over_tokens_an_attempt_a_folder(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    said: list[str] = []
     for _ in range(2):
-        said: list[str] = []
         sink = TensorboardSink(notify=lambda name, message: said.append(message))
         sink.start(info(tmp_path))
         sink.write(EventRecord(0, "start", "nothing to draw"))
@@ -24,7 +24,7 @@ def test_scalars_over_tokens_an_attempt_a_folder(tmp_path: Path) -> None:
         sink.write(step(2))
         sink.write(evaluation(2))
         sink.close(None)
-        assert said == []
+    assert said == []
     assert sorted(path.name for path in (tmp_path / "tensorboard").iterdir()) == ["attempt-1", "attempt-2"]
     events = EventAccumulator(str(tmp_path / "tensorboard" / "attempt-2"))
     events.Reload()

@@ -1,6 +1,5 @@
 """Weights & Biases may be absent, unreachable or broken: one warning, and the run goes on."""
 
-import dataclasses
 import json
 import os
 import struct
