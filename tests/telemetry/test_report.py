@@ -142,7 +142,7 @@ def test_a_stage_whose_parents_are_elsewhere_begins_at_their_tokens(tmp_path: Pa
 
 
 def test_steps_that_were_rolled_back_are_not_drawn(tmp_path: Path) -> None:
-    undone = [*(step(n, loss=99.0) for n in range(5, 9)), EventRecord(4, "rollback", "back at step 4")]
+    undone: list[Record] = [*(step(n, loss=99.0) for n in range(5, 9)), EventRecord(4, "rollback", "back at step 4")]
     write(tmp_path, [*(step(n) for n in range(1, 5)), *undone, *(step(n, rollbacks=1) for n in range(5, 7))])
     (stage,) = read_stages(tmp_path)
     assert [record.step for record in stage.steps] == [1, 2, 3, 4, 5, 6]
