@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ouro_megatron.cli.checkpoints import evaluate, upcycle
+from ouro_megatron.cli.dashboard import dashboard
 from ouro_megatron.cli.data import data
 from ouro_megatron.cli.exchange import export, import_checkpoint
 from ouro_megatron.cli.generate import generate
@@ -50,6 +51,7 @@ app.command()(upcycle)
 app.command()(export)
 app.command("import")(import_checkpoint)
 app.command()(report)
+app.command()(dashboard)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 

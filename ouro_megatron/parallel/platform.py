@@ -38,6 +38,10 @@ class Platform:
     def is_cpu(self) -> bool:
         return self.device.type == "cpu"
 
+    def memory_in_use(self) -> int | None:
+        """The most bytes this process has held on its GPU so far; None on a CPU."""
+        return None if self.is_cpu else int(torch.cuda.max_memory_allocated(self.device))
+
     def megatron_calls(self) -> AbstractContextManager[Any]:
         """Context for calls into Megatron-Core that build or step an optimizer: they ask tensors for CUDA types."""
         return nullcontext() if self.device.type == "cuda" else _CudaNames(self.device)

@@ -1,7 +1,7 @@
 """Model, gradients and optimizer of one rank: one training step, one evaluation pass."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,8 +36,16 @@ class StepResult:
 
     means: LoopMeans
     grad_norm: float
-    skipped: bool
-    """The loss or a gradient was not finite: the weights were left alone."""
+    skip_reason: str = ""
+    """Why the weights were left alone; empty when they were updated."""
+
+    @property
+    def skipped(self) -> bool:
+        return bool(self.skip_reason)
+
+
+Judge = Callable[[LoopMeans, float], str | None]
+"""Told a step's means and gradient norm; says why its update should be left out, or None. All ranks call it."""
 
 
 class Engine:
@@ -82,9 +90,9 @@ class Engine:
         with self.context.platform.megatron_calls():
             self.optimizer.reload_model_params()
 
-    def train_step(self, batches: list[Microbatch], lr: float) -> StepResult:
+    def train_step(self, batches: list[Microbatch], lr: float, judge: Judge | None = None) -> StepResult:
         """One optimizer step over this rank's microbatches. All ranks call it together."""
-        return self.update(self.accumulate(batches), lr)
+        return self.update(self.accumulate(batches), lr, judge)
 
     def accumulate(self, batches: list[Microbatch]) -> LoopMeans:
         """Fresh reduced gradients in each parameter's `main_grad`; returns the global means. All ranks call it.
@@ -111,11 +119,14 @@ class Engine:
         )
         finalize_model_grads([self.ddp], None, pg_collection=self.context.groups)
 
-    def update(self, means: LoopMeans, lr: float) -> StepResult:
-        """Clips and applies the gradients that `accumulate` left, unless something is not finite. All ranks call it."""
+    def update(self, means: LoopMeans, lr: float, judge: Judge | None = None) -> StepResult:
+        """Clips and applies the gradients that `accumulate` left. All ranks call it.
+
+        Not when something is not finite, or when `judge` has a reason against it.
+        """
         self.position.phase = "optimizer step"
         with self.context.platform.megatron_calls():
-            return self._update(means, lr)
+            return self._update(means, lr, judge)
 
     def evaluate(self, batches: list[Microbatch], loops: int | None = None) -> LoopSums:
         """Sums over all ranks' microbatches without gradients, the same on every rank. All ranks call it together."""
@@ -161,13 +172,16 @@ class Engine:
             self.ddp.scale_gradients(1.0 / tokens)
 
     @torch.no_grad()
-    def _update(self, means: LoopMeans, lr: float) -> StepResult:
+    def _update(self, means: LoopMeans, lr: float, judge: Judge | None) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(means.loss) and math.isfinite(norm)):
-            return StepResult(means, norm, skipped=True)
+            return StepResult(means, norm, f"not finite: loss {means.loss:g}, gradient norm {norm:g}")
+        reason = judge(means, norm) if judge is not None else None
+        if reason is not None:
+            return StepResult(means, norm, reason)
         if self.clip > 0.0:
             scale = self.clip / (norm + 1.0e-6)
             if scale < 1.0:
@@ -175,7 +189,7 @@ class Engine:
                     if parameter.grad is not None:
                         parameter.grad.mul_(scale)
         self.optimizer.step_with_ready_grads()
-        return StepResult(means, norm, skipped=False)
+        return StepResult(means, norm)
 
 
 def _build_optimizer(
