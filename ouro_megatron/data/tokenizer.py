@@ -36,6 +36,7 @@ class TextTokenizer:
         self._backend = backend
         # Text that merely spells a special token must stay text; see `encode`.
         self._backend.encode_special_tokens = True
+        self.special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
         self._vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
 
     @property
