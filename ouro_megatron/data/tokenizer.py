@@ -104,6 +104,8 @@ def load_tokenizer(path: Path, *, model_vocab: int | None = None) -> TextTokeniz
     # Limits saved with a tokenizer for other uses would silently cut or fill documents here.
     backend.no_truncation()
     backend.no_padding()
+    # It only adds special tokens, which nothing here asks for, and some shift offsets.
+    backend.post_processor = None
     tokenizer = TextTokenizer(path, backend, _eos_token(file.parent / CONFIG_FILE), hashlib.sha256(content).hexdigest())
     if model_vocab is not None and tokenizer.vocab_size > model_vocab:
         raise DataError(
