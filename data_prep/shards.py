@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.encode import batch_encoder
 from data_prep.sources.base import Document, Fault, Unit
 from data_prep.sources.registry import AnySource
 from data_prep.writer import PairWriter, token_dtype
@@ -71,6 +72,7 @@ def tokenise_shard(task: ShardTask) -> int:
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     tokenizer = load_tokenizer(task.tokenizer)
+    encoder = batch_encoder(task.tokenizer)
     dtype = token_dtype(tokenizer.vocab_size)
     read = 0
     with (
@@ -78,10 +80,11 @@ def tokenise_shard(task: ShardTask) -> int:
         PairWriter(task.prefix("validation"), dtype) as validation,
     ):
         for batch in _batches(task):
-            for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-                writer = validation if is_held_out(document.key, task.validation_fraction) else train
-                writer.add([*ids, tokenizer.eod])
-                read += len(document.text.encode())
+            encoded = encoder.encode_batch([document.text for document in batch]).ended_by(tokenizer.eod)
+            held_out = np.array([is_held_out(document.key, task.validation_fraction) for document in batch])
+            train.add_many(*encoded.only(~held_out))
+            validation.add_many(*encoded.only(held_out))
+            read += sum(len(document.text.encode()) for document in batch)
     (task.parts / "done").write_text(str(read), encoding="utf-8")
     return read
 

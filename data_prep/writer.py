@@ -37,6 +37,17 @@ class PairWriter:
         self.lengths.append(len(array))
         self.tokens += len(array)
 
+    def add_many(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Several documents of one sequence each: `ids` holds them one after the other, `lengths` the tokens of each.
+
+        Raises ValueError when the lengths do not add up to the ids.
+        """
+        if int(lengths.sum()) != len(ids):
+            raise ValueError(f"{len(ids)} ids, but lengths add up to {int(lengths.sum())}")
+        self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
+        self.lengths.extend(lengths.tolist())
+        self.tokens += len(ids)
+
     def append(self, other: Path) -> None:
         """All documents of another pair of the same dtype."""
         index = read_index(other)
