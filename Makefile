@@ -10,7 +10,7 @@ RUN := runs/demo
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-samples test lint clean
+.PHONY: help setup demo demo-samples test slurm-for-tests lint clean
 
 help:
 	@echo "make demo   set up, prepare data, train four stages on four CPU ranks, generate, report"
@@ -19,8 +19,8 @@ help:
 
 setup: .venv/ready
 
-# Installed anew whenever the dependencies change.
-.venv/ready: pyproject.toml
+# Installed anew whenever the dependencies or the C extension change.
+.venv/ready: pyproject.toml data_prep/_byte_level.c
 	$(PYTHON) -m venv .venv
 	"$(BIN)/python" -m pip install --quiet --progress-bar on -e ".[cpu,dev,data,hf]"
 	touch .venv/ready
@@ -59,7 +59,11 @@ lint: setup
 	"$(BIN)/python" -m ruff format --check .
 	"$(BIN)/python" -m mypy
 
-test: lint
+# Tests on a real Slurm start one of their own; they are skipped, with the reason, where it cannot be installed.
+slurm-for-tests:
+	tests/slurm/install.sh
+
+test: lint slurm-for-tests
 	"$(BIN)/python" -m pytest
 
 clean:

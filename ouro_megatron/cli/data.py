@@ -6,33 +6,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 data = typer.Typer(help="Prepare, verify, describe and show training data.", no_args_is_help=True)
 
 Prefixes = Annotated[list[Path], typer.Argument(help="Path of a .bin/.idx pair without the suffix.")]
-
-
-class _Bars:
-    """Progress bars in a terminal, plain lines elsewhere."""
-
-    def __init__(self, console: Console, progress: Progress | None) -> None:
-        self._console = console
-        self._progress = progress
-        self._task = None if progress is None else progress.add_task("")
-
-    def begin(self, what: str, total: int) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.reset(self._task, description=what, total=total or None)
-        else:
-            self._console.print(what)
-
-    def advance(self, amount: int) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task, amount)
-
-    def say(self, line: str) -> None:
-        self._console.print(line)
 
 
 @data.command()
@@ -49,17 +26,13 @@ def prepare(
 
         ouro data prepare stages/demo/data.yaml
     """
+    from data_prep.display import Display
     from data_prep.prepare import load_data_recipe
     from data_prep.prepare import prepare as run
 
     settings = load_data_recipe(recipe)
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        run(settings, _Bars(console, None), workers=workers, force=force)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        run(settings, _Bars(console, progress), workers=workers, force=force)
+    with Display(Console(highlight=False, soft_wrap=True)) as display:
+        run(settings, display, workers=workers, force=force)
 
 
 @data.command()

@@ -1,8 +1,38 @@
-"""RMSNorm that works under sequence parallelism."""
+"""RMSNorm that works under sequence parallelism and keeps little for backward."""
+
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps the input and one number a token; what lies between is computed again in backward.
+
+    Autograd alone would keep two fp32 copies of every normed activation: with four norms a layer and T visits that is
+    the largest part of a looped model's activations in bf16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_h: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight_h, scale)
+        return (wide * scale).to(x.dtype) * weight_h
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight_h, scale = ctx.saved_tensors
+        normed = x.to(scale.dtype) * scale
+        d_weight_h = None
+        if ctx.needs_input_grad[1]:
+            d_weight_h = (d_y * normed.to(x.dtype)).flatten(0, -2).sum(0)
+        if not ctx.needs_input_grad[0]:
+            return None, d_weight_h, None
+        d_normed = (d_y * weight_h).to(scale.dtype)
+        d_x = scale * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
+        return d_x.to(x.dtype), d_weight_h, None
 
 
 class RMSNorm(nn.Module):
@@ -20,6 +50,4 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x_sbh: Tensor) -> Tensor:
-        wide = x_sbh if x_sbh.dtype == torch.float64 else x_sbh.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x_sbh.dtype) * self.weight
+        return _RMSNorm.apply(x_sbh, self.weight, self.eps)

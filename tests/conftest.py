@@ -1,0 +1,25 @@
+"""Fixtures that tests in several folders share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.slurm.cluster import SlurmCluster, missing_programs
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    """A real Slurm of two nodes with eight fake GPUs each, started once for all tests that ask for it.
+
+    Submit with `slurm.submit(...)`, run other commands with `slurm.run(...)` or with `slurm.environment`.
+    Tests that use it are skipped where Slurm is not installed (tests/slurm/install.sh).
+    """
+    missing = missing_programs()
+    if missing:
+        pytest.skip(f"Slurm is not installed ({', '.join(missing)} missing): run tests/slurm/install.sh as root")
+    cluster = SlurmCluster()
+    cluster.start()
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
