@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ouro_megatron.cli.data_sources import fixtures, preview, sources
+
 data = typer.Typer(help="Prepare, verify, describe and show training data.", no_args_is_help=True)
 
 Prefixes = Annotated[list[Path], typer.Argument(help="Path of a .bin/.idx pair without the suffix.")]
@@ -88,3 +90,8 @@ def inspect(
     for number, tokens, text in documents(prefix, document, count, tokenizer):
         typer.secho(f"--- document {number}: {len(tokens)} tokens", fg="cyan")
         typer.echo(" ".join(map(str, tokens)) if ids else text)
+
+
+data.command()(sources)
+data.command()(fixtures)
+data.command()(preview)
