@@ -64,7 +64,7 @@ def _kind(model: Any) -> Kind:
     fields: dict[str, FieldInfo] = model.model_fields
     ordered = [name for name in _FIRST if name in fields] + [name for name in fields if name not in _FIRST]
     settings = [_setting(name, fields[name]) for name in ordered if name != "kind"]
-    return Kind(get_args(fields["kind"].annotation)[0], " ".join(inspect.getdoc(model).split()), settings)
+    return Kind(get_args(fields["kind"].annotation)[0], " ".join((inspect.getdoc(model) or "").split()), settings)
 
 
 def _setting(name: str, field: FieldInfo) -> Setting:
