@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ouro_megatron.cli.data_sources import fixtures, preview, sources
+from ouro_megatron.cli.data_sources import fixtures, index, preview, sources
 
 data = typer.Typer(help="Prepare, verify, describe and show training data.", no_args_is_help=True)
 
@@ -95,3 +95,4 @@ def inspect(
 data.command()(sources)
 data.command()(fixtures)
 data.command()(preview)
+data.command()(index)

@@ -1,4 +1,4 @@
-"""`ouro data sources`, `fixtures`, `preview`: what can be read, small corpora to try, a look before the work."""
+"""`ouro data sources`, `fixtures`, `preview`, `index`: what can be read, and what is done before the work."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 _SHOWN = 1200
 """Characters of a document that are shown."""
@@ -94,3 +102,50 @@ def preview(
                 console.print(f"[green]{escape(str(turn['role']))}:[/] {escape(str(turn['content'])[:_SHOWN])}")
         for fault in found.faults[:10]:
             console.print(f"[red]{escape(f'{fault.path}, {fault.where}: {fault.reason}')}[/]")
+
+
+class _Bar:
+    """A progress bar in a terminal, lines elsewhere."""
+
+    def __init__(self, console: Console, progress: Progress | None) -> None:
+        self._console, self._progress = console, progress
+        self._task = None if progress is None else progress.add_task("", total=None)
+
+    def begin(self, what: str, total: int) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.reset(self._task, description=what, total=total)
+        else:
+            self._console.print(f"{what}: {total / 1e9:,.1f} GB to read")
+
+    def reached(self, done: int) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done)
+
+    def say(self, line: str) -> None:
+        self._console.print(line)
+
+
+def index(
+    recipe: Annotated[Path, typer.Argument(help="Data recipe (YAML).", show_default=False)],
+    everything: Annotated[bool, typer.Option("--all", help="Small streams too.")] = False,
+) -> None:
+    """Note places where large gzip streams can be entered, so that many workers can read one.
+
+    Needed once for MAP-CC, whose families are single streams of up to 1.4 TB; useful for any .jsonl.gz that is larger
+    than a shard. A run that was killed goes on.
+
+    Example:
+
+        ouro data index map-cc.yaml
+    """
+    from data_prep.index_streams import index_streams
+    from data_prep.prepare import load_data_recipe
+
+    settings = load_data_recipe(recipe)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        index_streams(settings, _Bar(console, None), everything=everything)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        index_streams(settings, _Bar(console, progress), everything=everything)
