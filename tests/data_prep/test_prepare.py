@@ -14,13 +14,14 @@ import pytest
 import yaml
 import zstandard
 
+from data_prep.look import documents, stats
 from data_prep.merge import entropy_of
 from data_prep.prepare import load_data_recipe, prepare
 from data_prep.progress import State
 from data_prep.shards import group_units, is_held_out, refuse
 from data_prep.sources.base import Unit
 from data_prep.sources.python_library import PythonProse, PythonStdlib
-from data_prep.verify import documents, stats, verify
+from data_prep.verify import verify
 from ouro_megatron.data.tokenizer import load_tokenizer
 from ouro_megatron.errors import DataError
 
@@ -187,8 +188,10 @@ def test_stats_and_documents(root: Path) -> None:
     p = p[p > 0]
     assert found.unigram_entropy == pytest.approx(float(-(p * np.log(p)).sum()))
     assert found.tokens == len(ids)
-    number, tokens, shown = next(documents(prefix, 1, 1, None))
-    assert number == 1 and len(tokens) > 10 and shown.startswith("Document 10")
+    shown = next(documents(prefix, 1, 1, None))
+    assert shown.number == 1 and len(shown.ids) > 10 and shown.text.startswith("Document 10")
+    assert "".join(run.text for run in shown.runs) == shown.text
+    assert [run.text for run in shown.runs if run.special] == ["<|endoftext|>"]
     with pytest.raises(DataError, match="document 999"):
         next(documents(prefix, 999, 1, None))
 
