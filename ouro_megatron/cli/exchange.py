@@ -29,6 +29,8 @@ def export(
 ) -> None:
     """Write a checkpoint in the published Ouro layout, with code that transformers can load.
 
+    The folder gets its name when its logits agree with the checkpoint's; otherwise nothing is left behind.
+
     Examples:
 
         ouro export runs/demo/4-gate exported/demo
@@ -57,3 +59,33 @@ def export(
     else:
         console.print(f"logits here and through transformers, fp32, {exported.agreement.tokens} tokens:")
         console.print(exported.agreement.table())
+
+
+def import_checkpoint(
+    folder: Annotated[Path, typer.Argument(help="Folder in the published layout (config.json, safetensors).")],
+    out: Annotated[Path, typer.Argument(help="New checkpoint folder to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer folder; the one in FOLDER when left out.", exists=True)
+    ] = None,
+) -> None:
+    """Read published Ouro weights into a checkpoint that any stage and any parallel layout can start from.
+
+    Example:
+
+        ouro import downloads/Ouro-1.4B runs/ouro-1.4b
+
+    then init.checkpoint: runs/ouro-1.4b in a recipe whose model is stages/model/ouro-1.4b.yaml.
+    """
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    from ouro_megatron.checkpoint.huggingface.importer import import_pretrained
+
+    console = Console(highlight=False, soft_wrap=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("tensors", total=None)
+        model = import_pretrained(
+            folder, out, lambda done, total: bars.update(task, completed=done, total=total), tokenizer=tokenizer
+        )
+    console.print(
+        f"{folder} -> {out}: {model.layers} layers x {model.loops} loops, hidden {model.hidden}, vocabulary "
+        f"{model.vocab}, RoPE base {model.rope_base:g}"
+    )

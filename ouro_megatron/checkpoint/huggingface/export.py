@@ -16,6 +16,7 @@ from ouro_megatron.checkpoint.huggingface.config import CONFIG, is_pretrained, p
 from ouro_megatron.checkpoint.huggingface.layout import published_shapes, tensor_groups
 from ouro_megatron.checkpoint.huggingface.shards import ShardWriter
 from ouro_megatron.checkpoint.huggingface.tokenizer_files import write_tokenizer
+from ouro_megatron.checkpoint.load import tokenizer_folder
 from ouro_megatron.checkpoint.state import read_state
 from ouro_megatron.checkpoint.stream import TensorReader
 from ouro_megatron.errors import CheckpointError, RecipeError
@@ -68,9 +69,9 @@ def export(
     tokenizer.
     """
     _check_settings(settings)
-    found = resolve(source)
-    if is_pretrained(found.folder):
+    if is_pretrained(source):
         raise CheckpointError(f"{source} is in the published layout already")
+    found = resolve(source)
     if target.exists():
         raise CheckpointError(f"{target} exists already; remove it or choose another folder")
     if settings.check:
@@ -83,7 +84,7 @@ def export(
         folder = Path(partial) / target.name
         folder.mkdir()
         try:
-            written = _write(reader, recipe, folder, _tokenizer_of(found.folder, recipe), settings, progress)
+            written = _write(reader, recipe, folder, tokenizer_folder(found.folder, recipe), settings, progress)
         except OSError as error:
             raise CheckpointError(f"{target} could not be written: {error}") from error
         agreement = compare(found.folder, folder, DTYPES[settings.dtype]) if settings.check else None
@@ -119,12 +120,6 @@ def _check_tensors(reader: TensorReader, model: ModelSection, folder: Path) -> N
     ]
     if problems:
         raise CheckpointError(f"{folder} does not hold the model in its recipe: " + "; ".join(problems[:5]))
-
-
-def _tokenizer_of(folder: Path, recipe: Recipe) -> Path:
-    """An imported checkpoint carries its tokenizer."""
-    own = folder / "tokenizer"
-    return own if own.is_dir() else recipe.data.tokenizer
 
 
 def _write(
