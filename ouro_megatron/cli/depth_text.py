@@ -23,7 +23,9 @@ def token_text(token: "GeneratedToken", loops: int, depths: bool, colour: bool) 
 def depth_summary(console: Console, depths: list[int], loops: int) -> None:
     """The colours' meaning, and how often each loop was left at."""
     if console.is_terminal:
-        console.print(Text.assemble(*(Text(f" loop {loop} ", style=_style(loop, loops)) for loop in range(1, loops + 1))))
+        console.print(
+            Text.assemble(*(Text(f" loop {loop} ", style=_style(loop, loops)) for loop in range(1, loops + 1)))
+        )
     counts = ", ".join(f"loop {depth}: {depths.count(depth)}" for depth in sorted(set(depths)))
     mean = sum(depths) / len(depths)
     console.print(f"{len(depths)} tokens, mean depth {mean:.2f} of {loops} ({counts})", style="dim")

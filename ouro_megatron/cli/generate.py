@@ -28,11 +28,15 @@ if TYPE_CHECKING:
 
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from; give it several times for more.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to go on from; give it several times for more.")
+    ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read one prompt from a file.", exists=True)] = None,
     prompts_file: Annotated[
         Path | None,
-        typer.Option(help="One prompt a line; in a .jsonl file an object with prompt, max_tokens, exit, seed, ...", exists=True),
+        typer.Option(
+            help="One prompt a line; in a .jsonl file an object with prompt, max_tokens, exit, seed, ...", exists=True
+        ),
     ] = None,
     exit_policy: Exit = "all",
     max_loops: MaxLoops = None,
@@ -41,7 +45,9 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
     seed: Annotated[int, typer.Option(help="Of each prompt's own draws.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")
+    ] = None,
     cache: Cache = "all",
     skipped: Skipped = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts that run at one time.")] = 8,

@@ -101,7 +101,9 @@ def make_request(line: PromptLine, defaults: Request, model: OpenModel) -> Reque
     Without a number of tokens it asks for DEFAULT_TOKENS, or as many as the context has room for.
     """
     prompt = tuple(model.tokenizer.encode(line.prompt) or [model.tokenizer.eod])
-    own = {name: value for name in ("temperature", "top_k", "top_p", "seed") if (value := getattr(line, name)) is not None}
+    own = {
+        name: value for name in ("temperature", "top_k", "top_p", "seed") if (value := getattr(line, name)) is not None
+    }
     room = model.engine.settings.context - len(prompt)
     asked = line.max_tokens or defaults.max_tokens
     return replace(

@@ -75,9 +75,7 @@ def start_followers(size: int, options: dict[str, Any]) -> Followers:
         command = [sys.executable, "-m", "ouro_megatron.inference.follower", str(file)]
         with (Path(folder.name) / f"rank-{rank}.log").open("wb") as log:
             # A session of its own: Ctrl-C in the terminal is rank 0's to handle.
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-            )
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
     os.environ.update(shared, RANK="0", LOCAL_RANK="0")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(int(threads))

@@ -79,7 +79,9 @@ class EngineService:
             if self.failure is not None:
                 raise InferenceError(self.failure)
             if self._open + len(requests) > self._limit:
-                raise Busy(f"{self._open} requests are under way and at most {self._limit} are allowed: try again later")
+                raise Busy(
+                    f"{self._open} requests are under way and at most {self._limit} are allowed: try again later"
+                )
             self._open += len(requests)
             commands = [_Submit(next(self._tickets), request, receiver) for request, receiver in requests]
             for command in commands:
