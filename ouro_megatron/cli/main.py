@@ -8,12 +8,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ouro_megatron.cli.chat import chat
 from ouro_megatron.cli.checkpoints import evaluate, upcycle
 from ouro_megatron.cli.data import data
 from ouro_megatron.cli.exchange import export, import_checkpoint
 from ouro_megatron.cli.generate import generate
 from ouro_megatron.cli.recipe import recipe
 from ouro_megatron.cli.report import report
+from ouro_megatron.cli.serve import serve
 from ouro_megatron.cli.train import train
 from ouro_megatron.errors import OuroError
 
@@ -43,6 +45,8 @@ def root(
 
 app.command()(train)
 app.command()(generate)
+app.command()(chat)
+app.command()(serve)
 app.command()(evaluate)
 app.command()(upcycle)
 app.command()(export)
