@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ouro_megatron.cli.chat import chat
 from ouro_megatron.cli.checkpoints import evaluate, upcycle
 from ouro_megatron.cli.dashboard import dashboard
 from ouro_megatron.cli.data import data
@@ -16,6 +17,7 @@ from ouro_megatron.cli.generate import generate
 from ouro_megatron.cli.plan import plan
 from ouro_megatron.cli.recipe import recipe
 from ouro_megatron.cli.report import report
+from ouro_megatron.cli.serve import serve
 from ouro_megatron.cli.train import train
 from ouro_megatron.errors import OuroError
 
@@ -46,6 +48,8 @@ def root(
 app.command()(train)
 app.command()(plan)
 app.command()(generate)
+app.command()(chat)
+app.command()(serve)
 app.command()(evaluate)
 app.command()(upcycle)
 app.command()(export)
