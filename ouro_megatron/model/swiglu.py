@@ -38,5 +38,5 @@ class SwiGLU(nn.Module):
         return _SwiGLU.apply(gate_up_sbf)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Megatron's feed-forward asks each of its parts when a checkpoint is saved or loaded; this one has no tensors."""
+        """Nothing. Megatron's feed-forward asks each of its parts when a checkpoint is saved or loaded."""
         return {}
