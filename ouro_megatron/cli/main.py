@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ouro_megatron.cli.checkpoints import evaluate, upcycle
+from ouro_megatron.cli.checkpoints import upcycle
 from ouro_megatron.cli.data import data
+from ouro_megatron.cli.evaluation import evaluate
 from ouro_megatron.cli.exchange import export, import_checkpoint
 from ouro_megatron.cli.generate import generate
 from ouro_megatron.cli.recipe import recipe
@@ -43,7 +44,8 @@ def root(
 
 app.command()(train)
 app.command()(generate)
-app.command()(evaluate)
+app.command("eval")(evaluate)
+app.command("evaluate", hidden=True)(evaluate)  # the name it had
 app.command()(upcycle)
 app.command()(export)
 app.command("import")(import_checkpoint)
