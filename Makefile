@@ -50,7 +50,7 @@ demo-samples:
 	  --save $(RUN)/4-gate/samples.part.json
 	"$(BIN)/ouro" generate $(RUN)/4-gate --prompt "def __init__(self" --exit step=2 --temperature 0.7 --depths \
 	  --save $(RUN)/4-gate/samples.part.json
-	"$(BIN)/ouro" generate $(RUN)/4-gate --prompt "import " --exit q=0.5 --max-loops 6 --cache reuse --temperature 0.7 \
+	"$(BIN)/ouro" generate $(RUN)/4-gate --prompt "import " --exit q=0.5 --max-loops 6 --skipped copy --temperature 0.7 \
 	  --depths --save $(RUN)/4-gate/samples.part.json
 	mv $(RUN)/4-gate/samples.part.json $(RUN)/4-gate/samples.json
 

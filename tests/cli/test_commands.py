@@ -75,7 +75,7 @@ def test_show_check_and_diff() -> None:
     [
         (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["evaluate", "/nowhere"], 4, "/nowhere does not exist"),
-        (["generate", "/nowhere", "--exit", "often"], 2, "--exit"),
+        (["generate", "/nowhere", "--exit", "often"], 2, "exit policy"),
         (["upcycle", "/nowhere", "--layers", "4", "--out", "x"], 4, "/nowhere"),
         (["report", "/nowhere"], 6, "metrics.jsonl"),
         (["data", "verify", "/nowhere/x"], 3, "/nowhere/x.idx"),
