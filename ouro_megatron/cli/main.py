@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ouro_megatron.cli.analyse import analyse
+from ouro_megatron.cli.benchmark import benchmark
 from ouro_megatron.cli.checkpoints import upcycle
 from ouro_megatron.cli.data import data
 from ouro_megatron.cli.evaluation import evaluate
@@ -44,12 +46,14 @@ def root(
 
 app.command()(train)
 app.command()(generate)
+app.command()(benchmark)
 app.command("eval")(evaluate)
 app.command("evaluate", hidden=True)(evaluate)  # the name it had
 app.command()(upcycle)
 app.command()(export)
 app.command("import")(import_checkpoint)
 app.command()(report)
+app.add_typer(analyse, name="analyse")
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 

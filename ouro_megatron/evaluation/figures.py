@@ -1,7 +1,8 @@
 """Pictures of an evaluation and of the analyses: one PNG each, written whole or not at all."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -14,6 +15,9 @@ from matplotlib.figure import Figure
 
 from ouro_megatron.evaluation.depth import ClassDepth, CurvePoint, LoopCalibration, LoopQuality
 from ouro_megatron.telemetry.depth_colors import depth_hex
+
+if TYPE_CHECKING:
+    from ouro_megatron.evaluation.separation import LoopSeparation
 
 _INK, _MUTED, _GRID, _LINE, _SECOND = "#1f2933", "#6b7785", "#e3e8ee", "#2b5c8a", "#c2571a"
 STYLE = {
@@ -121,3 +125,60 @@ def _classes(axes: Axes, classes: Sequence[ClassDepth]) -> None:
         xlim=(0, 1.6 * max((row.expected_depth for row in rows), default=1.0)),
     )
     axes.grid(axis="y", visible=False)
+
+
+def lines_figure(
+    title: str,
+    series: Mapping[str, Sequence[tuple[float, float, str]]],
+    labels: tuple[str, str],
+    path: Path,
+) -> None:
+    """One line a name through (x, y, what to write beside the point), ordered by x. `labels`: of both axes."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 5))
+        colours = plt.get_cmap("tab10")
+        for index, (name, points) in enumerate(series.items()):
+            ordered = sorted(points)
+            x, y = [point[0] for point in ordered], [point[1] for point in ordered]
+            axes.plot(x, y, marker="o", color=colours(index % 10), label=name)
+            for point in ordered:
+                axes.annotate(f" {point[2]}", (point[0], point[1]), fontsize=7, color=_MUTED, va="bottom")
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.set_title(title, fontsize=10)
+        axes.legend()
+        save(figure, path)
+
+
+def separation_figure(title: str, loops: "Sequence[LoopSeparation]", names: tuple[str, str], path: Path) -> None:
+    """One panel a loop: both prompt sets in the plane of that loop's first two principal components."""
+    columns = min(4, len(loops))
+    rows = -(-len(loops) // columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.2 * rows), squeeze=False)
+        for axis, row in zip(axes.flat, loops, strict=False):
+            for points, colour, name in ((row.first, _LINE, names[0]), (row.second, _SECOND, names[1])):
+                axis.scatter(*zip(*points, strict=True), s=14, color=colour, label=name, alpha=0.8)
+            axis.set_title(f"loop {row.loop}: silhouette {row.silhouette:.2f}, {row.accuracy:.0%} right", fontsize=9)
+            axis.set(xticks=[], yticks=[], xlabel=f"{row.explained[0]:.0%}", ylabel=f"{row.explained[1]:.0%}")
+        for axis in axes.flat[len(loops) :]:
+            axis.set_visible(False)
+        axes[0, 0].legend()
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.tight_layout()
+        save(figure, path)
+
+
+def matrix_figure(title: str, matrix: Sequence[Sequence[float]], path: Path) -> None:
+    """A loops-by-loops table of shares, as colours and per cent."""
+    loops = range(1, len(matrix) + 1)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = plt.subplots(figsize=(1.2 + 0.7 * len(matrix), 0.9 + 0.7 * len(matrix)))
+        axes.imshow(np.array(matrix), cmap="Blues", vmin=0.0, vmax=1.0)
+        for i, row in enumerate(matrix):
+            for j, value in enumerate(row):
+                ink = "white" if value > 0.6 else _INK
+                axes.annotate(f"{100 * value:.0f}", (j, i), ha="center", va="center", color=ink, fontsize=9)
+        ticks = {"xticks": range(len(matrix)), "yticks": range(len(matrix))}
+        axes.set(xlabel="loop", ylabel="loop", xticklabels=loops, yticklabels=loops, **ticks)
+        axes.set_title(f"{title}, %", fontsize=9)
+        save(figure, path)
