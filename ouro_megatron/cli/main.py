@@ -8,10 +8,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ouro_megatron.cli.analyse import analyse
+from ouro_megatron.cli.benchmark import benchmark
 from ouro_megatron.cli.chat import chat
-from ouro_megatron.cli.checkpoints import evaluate, upcycle
+from ouro_megatron.cli.checkpoints import upcycle
 from ouro_megatron.cli.dashboard import dashboard
 from ouro_megatron.cli.data import data
+from ouro_megatron.cli.evaluation import evaluate
 from ouro_megatron.cli.exchange import export, import_checkpoint
 from ouro_megatron.cli.generate import generate
 from ouro_megatron.cli.plan import plan
@@ -50,12 +53,15 @@ app.command()(plan)
 app.command()(generate)
 app.command()(chat)
 app.command()(serve)
-app.command()(evaluate)
+app.command()(benchmark)
+app.command("eval")(evaluate)
+app.command("evaluate", hidden=True)(evaluate)  # the name it had
 app.command()(upcycle)
 app.command()(export)
 app.command("import")(import_checkpoint)
 app.command()(report)
 app.command()(dashboard)
+app.add_typer(analyse, name="analyse")
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 
