@@ -1,6 +1,8 @@
 """`ouro data`: prepare, verify, describe and show training data."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +37,16 @@ class _Bars:
         self._console.print(line)
 
 
+@contextmanager
+def _bars(console: Console) -> Iterator[_Bars]:
+    if not console.is_terminal:
+        yield _Bars(console, None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        yield _Bars(console, progress)
+
+
 @data.command()
 def prepare(
     recipe: Annotated[Path, typer.Argument(help="Data recipe (YAML).", show_default=False)],
@@ -53,13 +65,8 @@ def prepare(
     from data_prep.prepare import prepare as run
 
     settings = load_data_recipe(recipe)
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        run(settings, _Bars(console, None), workers=workers, force=force)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        run(settings, _Bars(console, progress), workers=workers, force=force)
+    with _bars(Console(highlight=False, soft_wrap=True)) as bars:
+        run(settings, bars, workers=workers, force=force)
 
 
 @data.command()
@@ -115,3 +122,21 @@ def inspect(
     for number, tokens, text in documents(prefix, document, count, tokenizer):
         typer.secho(f"--- document {number}: {len(tokens)} tokens", fg="cyan")
         typer.echo(" ".join(map(str, tokens)) if ids else text)
+
+
+@data.command("check-tokenizer")
+def check_tokenizer(
+    tokenizer: Annotated[Path, typer.Argument(help="Tokenizer folder.", show_default=False)],
+    paths: Annotated[list[Path], typer.Argument(help="Text files, or folders of them.", show_default=False)],
+    limit: Annotated[float | None, typer.Option(min=0, help="Stop after this many MB.", show_default=False)] = None,
+) -> None:
+    """Compare the fast tokenising path with `tokenizers` on your own text, id by id.
+
+    Example:
+
+        ouro data check-tokenizer data/demo/tokenizer /usr/share/doc --limit 20
+    """
+    from data_prep.check_tokenizer import check_tokenizer as check
+
+    with _bars(Console(highlight=False, soft_wrap=True)) as bars:
+        bars.say(check(tokenizer, paths, bars, None if limit is None else int(limit * 1e6)))

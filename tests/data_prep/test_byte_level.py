@@ -75,6 +75,7 @@ def all_pairs(folder: Path, digits: bool) -> Path:
     tokens = [EOD, *letters, *(left + right for left, right in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = chain(digits)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([EOD])
     return save(tokenizer, folder)
 
