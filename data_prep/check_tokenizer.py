@@ -2,10 +2,9 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -16,12 +15,8 @@ from ouro_megatron.errors import DataError
 _BATCH_CHARACTERS = 4_000_000
 
 
-class Watcher(Protocol):
-    """Is told how the work goes on; amounts are bytes."""
-
-    def begin(self, what: str, total: int) -> None: ...
-
-    def advance(self, amount: int) -> None: ...
+Progress = Callable[[int, int], None]
+"""Is told the bytes of text compared so far, and the bytes of all files."""
 
 
 @dataclass
@@ -37,7 +32,7 @@ class Compared:
     plain_seconds: float = 0.0
 
 
-def check_tokenizer(tokenizer_folder: Path, paths: Iterable[Path], watcher: Watcher, limit: int | None = None) -> str:
+def check_tokenizer(tokenizer_folder: Path, paths: Iterable[Path], progress: Progress, limit: int | None = None) -> str:
     """Encodes every UTF-8 file below `paths`, up to `limit` bytes, each as one text, with both encoders.
 
     Returns a summary; one line with the reason when the tokenizer takes the slow path, where there is nothing to
@@ -50,10 +45,11 @@ def check_tokenizer(tokenizer_folder: Path, paths: Iterable[Path], watcher: Watc
     tokenizer = load_tokenizer(tokenizer_folder)
     files = [file for path in paths for file in _files(path)]
     total = sum(file.stat().st_size for file in files)
-    watcher.begin("comparing ids", total if limit is None else min(total, limit))
+    total = total if limit is None else min(total, limit)
     found = Compared()
-    for batch in _batches(files, limit, found, watcher):
+    for batch in _batches(files, limit, found):
         _compare(tokenizer, encoder, batch, found)
+        progress(found.bytes, total)
     if not found.bytes:
         raise DataError(f"no UTF-8 text in {len(files)} files")
     return _summary(tokenizer_folder, found)
@@ -73,16 +69,13 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _batches(
-    files: list[Path], limit: int | None, found: Compared, watcher: Watcher
-) -> Iterator[list[tuple[Path, str]]]:
+def _batches(files: list[Path], limit: int | None, found: Compared) -> Iterator[list[tuple[Path, str]]]:
     batch: list[tuple[Path, str]] = []
     characters = 0
     for file in files:
         if limit is not None and found.bytes >= limit:
             break
         content = file.read_bytes()
-        watcher.advance(len(content))
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError:

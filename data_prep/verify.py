@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.shards import entropy_of, token_counts
+from data_prep.merge import entropy_of
 from ouro_megatron.data.indexed import check_prefix, read_index, read_manifest, sha256_of, with_suffix
 from ouro_megatron.data.tokenizer import load_tokenizer
 from ouro_megatron.errors import DataError
@@ -28,6 +28,18 @@ def verify(prefix: Path) -> str:
         if sha256_of(file) != manifest[suffix[1:]]["sha256"]:
             raise DataError(f"{file}: its content is not what its manifest says; prepare it again")
     return f"{prefix}: whole, equals its manifest ({info.documents:,} documents, {info.tokens:,} tokens)"
+
+
+def token_counts(prefix: Path, dtype: np.dtype, vocab: int) -> np.ndarray:
+    """How often each id occurs in a pair's .bin, int64[vocab]; reads it in pieces."""
+    counts = np.zeros(vocab, dtype=np.int64)
+    with with_suffix(prefix, ".bin").open("rb") as file:
+        while piece := file.read(1 << 24):
+            found = np.bincount(np.frombuffer(piece, dtype=dtype), minlength=vocab)
+            if len(found) > vocab:
+                raise ValueError(f"{prefix}.bin holds id {len(found) - 1}, the tokenizer has {vocab}")
+            counts += found
+    return counts
 
 
 @dataclass(frozen=True)

@@ -1,50 +1,15 @@
 """`ouro data`: prepare, verify, describe and show training data."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 data = typer.Typer(help="Prepare, verify, describe and show training data.", no_args_is_help=True)
 
 Prefixes = Annotated[list[Path], typer.Argument(help="Path of a .bin/.idx pair without the suffix.")]
-
-
-class _Bars:
-    """Progress bars in a terminal, plain lines elsewhere."""
-
-    def __init__(self, console: Console, progress: Progress | None) -> None:
-        self._console = console
-        self._progress = progress
-        self._task = None if progress is None else progress.add_task("")
-
-    def begin(self, what: str, total: int) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.reset(self._task, description=what, total=total or None)
-        else:
-            self._console.print(what)
-
-    def advance(self, amount: int) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task, amount)
-
-    def say(self, line: str) -> None:
-        self._console.print(line)
-
-
-@contextmanager
-def _bars(console: Console) -> Iterator[_Bars]:
-    if not console.is_terminal:
-        yield _Bars(console, None)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        yield _Bars(console, progress)
 
 
 @data.command()
@@ -61,12 +26,13 @@ def prepare(
 
         ouro data prepare stages/demo/data.yaml
     """
+    from data_prep.display import Display
     from data_prep.prepare import load_data_recipe
     from data_prep.prepare import prepare as run
 
     settings = load_data_recipe(recipe)
-    with _bars(Console(highlight=False, soft_wrap=True)) as bars:
-        run(settings, bars, workers=workers, force=force)
+    with Display(Console(highlight=False, soft_wrap=True)) as display:
+        run(settings, display, workers=workers, force=force)
 
 
 @data.command()
@@ -136,7 +102,14 @@ def check_tokenizer(
 
         ouro data check-tokenizer data/demo/tokenizer /usr/share/doc --limit 20
     """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     from data_prep.check_tokenizer import check_tokenizer as check
 
-    with _bars(Console(highlight=False, soft_wrap=True)) as bars:
-        bars.say(check(tokenizer, paths, bars, None if limit is None else int(limit * 1e6)))
+    console = Console(highlight=False, soft_wrap=True)
+    columns = (TextColumn("comparing ids"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("")
+        most = None if limit is None else int(limit * 1e6)
+        line = check(tokenizer, paths, lambda done, total: progress.update(task, completed=done, total=total), most)
+    console.print(line)

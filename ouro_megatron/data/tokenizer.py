@@ -68,6 +68,11 @@ class TextTokenizer:
         """`encode` of many texts; without offsets, which makes it about 1.5 times as fast as one by one."""
         return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """`encode`, and for each id the place in `text` (characters) where its own first character stands."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of `ids`; a cut character at either end becomes U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)

@@ -14,8 +14,10 @@ import pytest
 import yaml
 import zstandard
 
+from data_prep.merge import entropy_of
 from data_prep.prepare import load_data_recipe, prepare
-from data_prep.shards import entropy_of, group_units, is_held_out, refuse
+from data_prep.progress import State
+from data_prep.shards import group_units, is_held_out, refuse
 from data_prep.sources.base import Unit
 from data_prep.sources.python_library import PythonProse, PythonStdlib
 from data_prep.verify import documents, stats, verify
@@ -30,11 +32,11 @@ class Lines:
         self.lines: list[str] = []
         self.done = 0
 
-    def begin(self, what: str, total: int) -> None:
-        self.lines.append(what)
+    def update(self, state: State) -> None:
+        self.done = state.done_bytes
 
-    def advance(self, amount: int) -> None:
-        self.done += amount
+    def end(self) -> None:
+        pass
 
     def say(self, line: str) -> None:
         self.lines.append(line)
@@ -139,23 +141,27 @@ def test_kill_and_go_on(root: Path) -> None:
         "from pathlib import Path\n"
         "from tests.data_prep.test_prepare import Lines\n"
         "real = p.tokenise_shard\n"
-        "def slow(task):\n    time.sleep(0.5); return real(task)\n"
+        "def slow(task, pulse):\n    time.sleep(0.5); return real(task, pulse)\n"
         "p.tokenise_shard = slow\n"
         "p.prepare(p.load_data_recipe(Path(sys.argv[1])), Lines(), workers=1)\n"
     )
-    file = recipe_file(root)
+    file = recipe_file(root, keep_parts=True)
     process = subprocess.Popen([sys.executable, "-c", script, str(file)], cwd=Path(__file__).resolve().parents[2])
     deadline = time.monotonic() + 60
-    while len(list((root / "out").glob(".parts/web-*/*/done"))) < 1:
+    while len(list((root / "out").glob(".parts/web/*/done.json"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (root / "out" / "web.manifest.json").exists()
-    finished = {path: path.stat().st_mtime_ns for path in (root / "out").glob(".parts/web-*/*/done")}
-    lines = Lines()
-    prepare(load_data_recipe(file), lines, workers=1)
-    assert lines.done > 0 and finished
+    finished = {
+        path: path.stat().st_mtime_ns
+        for path in (root / "out").glob(".parts/web/*/*")
+        if (path.parent / "done.json").exists()
+    }
+    prepare(load_data_recipe(file), Lines(), workers=1)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert not list((root / "out").rglob("*part-*"))
     interrupted = (root / "out" / "web.bin").read_bytes()
     run(root, force=True)
     assert (root / "out" / "web.bin").read_bytes() == interrupted
