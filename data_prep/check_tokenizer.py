@@ -12,7 +12,7 @@ from data_prep.encode import BatchEncoder, Encoded, PlainEncoder, choose_encoder
 from ouro_megatron.data.tokenizer import TextTokenizer, load_tokenizer
 from ouro_megatron.errors import DataError
 
-_BATCH_CHARACTERS = 4_000_000
+_BATCH_CHARACTERS = 500_000
 
 
 Progress = Callable[[int, int], None]
