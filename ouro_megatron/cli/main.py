@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from ouro_megatron.cli.checkpoints import evaluate, upcycle
+from ouro_megatron.cli.dashboard import dashboard
 from ouro_megatron.cli.data import data
 from ouro_megatron.cli.exchange import export, import_checkpoint
 from ouro_megatron.cli.generate import generate
+from ouro_megatron.cli.plan import plan
 from ouro_megatron.cli.recipe import recipe
 from ouro_megatron.cli.report import report
 from ouro_megatron.cli.train import train
@@ -42,12 +44,14 @@ def root(
 
 
 app.command()(train)
+app.command()(plan)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(upcycle)
 app.command()(export)
 app.command("import")(import_checkpoint)
 app.command()(report)
+app.command()(dashboard)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 
