@@ -94,7 +94,15 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
     )
     if start.folder is None:
         initialise(lm, recipe.training.seed)
-    engine = Engine(lm, context, recipe.objective, recipe.optimizer, loops=recipe.model.loops, position=position)
+    engine = Engine(
+        lm,
+        context,
+        recipe.objective,
+        recipe.optimizer,
+        loops=recipe.model.loops,
+        position=position,
+        overlap=recipe.parallel.overlap,
+    )
     guard = SpikeGuard(recipe.health, context)
     progress, history = Progress(), list[StageRecord]()
     with naming_the_place(engine):
