@@ -73,6 +73,9 @@ class TextTokenizer:
         """`encode`, and for each id the place in `text` (characters) where its own first character stands."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
+    def piece(self, token: int) -> str | None:
+        """The vocabulary's own spelling of a token (byte-level letters, not text); None for an id without one."""
+        return self._backend.id_to_token(token)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of `ids`; a cut character at either end becomes U+FFFD."""
