@@ -19,7 +19,9 @@ def main() -> int:
     from ouro_megatron.errors import OuroError
     from ouro_megatron.inference.load import from_mapping, open_model
 
-    options = from_mapping(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    file = Path(sys.argv[1])
+    options = from_mapping(json.loads(file.read_text(encoding="utf-8")))
+    file.with_name(f"rank-{os.environ['RANK']}.ready").touch()
     try:
         with open_model(options):
             raise AssertionError("rank 0 does not start itself as a follower")

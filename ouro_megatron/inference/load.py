@@ -1,24 +1,27 @@
 """From a checkpoint on disk to an engine, on one rank or several tensor-parallel ones."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ouro_megatron.checkpoint.folder import resolve
+from ouro_megatron.checkpoint.huggingface.config import is_pretrained, model_section, read_config
 from ouro_megatron.checkpoint.load import load_for_inference
+from ouro_megatron.checkpoint.state import read_state
 from ouro_megatron.data.tokenizer import TextTokenizer
-from ouro_megatron.errors import OuroError, RequestError
+from ouro_megatron.errors import CheckpointError, InferenceError, OuroError, RequestError
 from ouro_megatron.inference.engine import Engine, EngineSettings
 from ouro_megatron.inference.ranks import Followers, Leader, follow, start_followers
 from ouro_megatron.inference.runner import Runner
 from ouro_megatron.inference.weights import ModelWeights, take_weights
 from ouro_megatron.parallel.context import ParallelContext, create_context
-from ouro_megatron.recipe.schema import ParallelSection, Recipe
+from ouro_megatron.recipe.schema import ModelSection, ParallelSection, Recipe
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,7 +39,7 @@ class ModelOptions:
     """Tensor-parallel ranks."""
     max_loops: int | None = None
     context: int | None = None
-    settings: EngineSettings = EngineSettings()
+    settings: EngineSettings = field(default_factory=EngineSettings)
     """`max_loops` and `context` in it are replaced."""
 
 
@@ -71,12 +74,19 @@ def open_model(options: ModelOptions) -> Iterator[OpenModel]:
     """
     options.settings.check()
     _check_layout(options)
-    resolve(options.checkpoint)
     followers: Followers | None = None
     if options.tensor > 1 and "RANK" not in os.environ:
         followers = start_followers(options.tensor, as_mapping(options))
     try:
-        runner, context, recipe, tokenizer, folder, settings = _load(options)
+        if followers is not None:
+            followers.wait_ready()
+        try:
+            runner, context, recipe, tokenizer, folder, settings = _load(options)
+        except RuntimeError as error:  # a collective whose peer is gone
+            cause = followers.failure() if followers is not None else None
+            if cause is None:
+                raise
+            raise InferenceError(cause) from error
         if context.rank > 0:
             follow(runner, context)
             context.close()
@@ -104,6 +114,23 @@ def _check_layout(options: ModelOptions) -> None:
             "ranks as --tensor says",
             field="tensor",
         )
+    model = _section(options.checkpoint)
+    heads, groups = model.heads, model.kv_heads or model.heads
+    if heads % options.tensor or groups % options.tensor or model.ffn % options.tensor or model.vocab % options.tensor:
+        raise RequestError(
+            f"--tensor {options.tensor} must divide {heads} heads, {groups} key/value heads, the feed-forward width "
+            f"{model.ffn} and the vocabulary {model.vocab}",
+            field="tensor",
+        )
+
+
+def _section(checkpoint: Path) -> ModelSection:
+    """Shape of the model on disk. Raises CheckpointError when there is none."""
+    if is_pretrained(checkpoint):
+        if importlib.util.find_spec("safetensors") is None:
+            raise CheckpointError(f"{checkpoint}: safetensors is needed to read it: pip install 'ouro-megatron[hf]'")
+        return model_section(read_config(checkpoint), checkpoint)
+    return Recipe.model_validate(read_state(resolve(checkpoint).folder).recipe).model
 
 
 def _load(
@@ -114,9 +141,6 @@ def _load(
         # bf16 weights are made from fp32 ones layer by layer.
         model = load_for_inference(options.checkpoint, options.device, context)
         section = model.recipe.model
-        heads, groups = section.heads, section.kv_heads or section.heads
-        if heads % options.tensor or groups % options.tensor:
-            raise RequestError(f"--tensor {options.tensor} does not divide {heads} heads and {groups} key/value heads")
         settings = replace(
             options.settings,
             max_loops=options.max_loops or section.loops,

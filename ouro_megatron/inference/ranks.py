@@ -46,6 +46,18 @@ class Followers:
             return f"tensor-parallel rank {rank} ended with exit code {code}" + (f": {lines[-1]}" if lines else "")
         return None
 
+    def wait_ready(self) -> None:
+        """Returns when all ranks are about to join. Raises InferenceError when one is gone before.
+
+        Joining a job blocks until everyone is there, so a rank that cannot even start must be noticed first.
+        """
+        folder = Path(self._folder.name)
+        while len(list(folder.glob("*.ready"))) < len(self._processes):
+            cause = self.failure()
+            if cause is not None:
+                raise InferenceError(cause)
+            time.sleep(0.05)
+
     def close(self) -> None:
         """Waits a little for the ranks to leave, then ends them."""
         deadline = time.monotonic() + _LEAVE_SECONDS
@@ -72,7 +84,8 @@ def start_followers(size: int, options: dict[str, Any]) -> Followers:
     threads = str(max(1, (os.cpu_count() or 1) // size))
     for rank in range(1, size):
         environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-m", "ouro_megatron.inference.follower", str(file)]
+        # -P: the installed package, not a folder of the same name that the user happens to stand in.
+        command = [sys.executable, "-P", "-m", "ouro_megatron.inference.follower", str(file)]
         with (Path(folder.name) / f"rank-{rank}.log").open("wb") as log:
             # A session of its own: Ctrl-C in the terminal is rank 0's to handle.
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
