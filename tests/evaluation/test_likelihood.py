@@ -46,7 +46,6 @@ def wanted(model: ReferenceLoopLM, name: str, loops: int) -> Rows:
         total, greedy, depths = 0.0, True, []
         with torch.no_grad():
             outputs = model(torch.tensor([tokens]), loops)
-        p = [float(x) for x in ()]
         for position in range(len(tokens) - len(request.tokens) - 1, len(tokens) - 1):
             p = [float(x[0, position]) for x in exit_probabilities(outputs)]
             states = [output.hidden_bsh[0, position] for output in outputs]
@@ -59,7 +58,8 @@ def wanted(model: ReferenceLoopLM, name: str, loops: int) -> Rows:
                     break
             logits = outputs[depth - 1].logits_bsv[0, position]
             if policy.expected:
-                logits = sum(share * output.logits_bsv[0, position] for share, output in zip(p, outputs, strict=True))  # type: ignore[assignment]
+                shares = [share * output.logits_bsv[0, position] for share, output in zip(p, outputs, strict=True)]
+                logits = torch.stack(shares).sum(0)
             label = tokens[position + 1]
             total += float(logits.double().log_softmax(-1)[label])
             greedy &= int(logits.argmax()) == label
