@@ -157,7 +157,13 @@ def _transformers(folder: Path, dtype: str, policy: str, options: list[str], bat
 
 def child(folder: Path, *arguments: object) -> dict[str, Any]:
     """One measurement in a fresh process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "HF_HOME": str(folder / "hf"),
+        "OMP_NUM_THREADS": "2",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
     command = [sys.executable, __file__, "--child", str(folder), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
