@@ -32,7 +32,9 @@ def save_sorted(raw: Path, path: Path, at_once: int = _RANGE_DOCUMENTS) -> None:
     partial = with_suffix(path, f".part-{socket.gethostname()}-{os.getpid()}")
     with partial.open("wb") as file:
         for low, high in _ranges(count, at_once):
-            rows = np.concatenate([_rows(hashes, start, at_once, low, high) for start in range(0, count, at_once)])
+            rows = np.concatenate(
+                [_rows(hashes, start, at_once, low, high) for start in range(0, max(count, 1), at_once)]
+            )
             file.write(rows[np.lexsort((rows["number"], rows["low"], rows["high"]))].tobytes())
         file.flush()
         os.fsync(file.fileno())

@@ -36,6 +36,7 @@ class TextTokenizer:
         self._backend = backend
         # Text that merely spells a special token must stay text; see `encode`.
         self._backend.encode_special_tokens = True
+        self.special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
         self._vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
 
     @property
@@ -103,6 +104,8 @@ def load_tokenizer(path: Path, *, model_vocab: int | None = None) -> TextTokeniz
     # Limits saved with a tokenizer for other uses would silently cut or fill documents here.
     backend.no_truncation()
     backend.no_padding()
+    # It only adds special tokens, which nothing here asks for, and some shift offsets.
+    backend.post_processor = None
     tokenizer = TextTokenizer(path, backend, _eos_token(file.parent / CONFIG_FILE), hashlib.sha256(content).hexdigest())
     if model_vocab is not None and tokenizer.vocab_size > model_vocab:
         raise DataError(

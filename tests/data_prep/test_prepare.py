@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,14 @@ import pytest
 import yaml
 import zstandard
 
+from data_prep.look import documents, stats
 from data_prep.merge import entropy_of
 from data_prep.prepare import load_data_recipe, prepare
 from data_prep.progress import State
 from data_prep.shards import group_units, is_held_out, refuse
 from data_prep.sources.base import Unit
 from data_prep.sources.python_library import PythonProse, PythonStdlib
-from data_prep.verify import documents, stats, verify
+from data_prep.verify import verify
 from ouro_megatron.data.tokenizer import load_tokenizer
 from ouro_megatron.errors import DataError
 
@@ -111,6 +113,22 @@ def test_order_does_not_depend_on_workers(root: Path) -> None:
     assert (root / "out" / "web.bin").read_bytes() == alone
 
 
+def test_slow_tokenising_is_said_once_and_gives_the_same(root: Path) -> None:
+    _, lines = run(root)
+    assert not any("does the work" in line for line in lines)
+    fast = {file.name: file.read_bytes() for file in (root / "out").glob("*.bin")}
+    folder = root / "out" / "tokenizer"
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFC"}
+    shutil.copytree(folder, root / "slow")
+    (root / "slow" / "tokenizer.json").write_text(json.dumps(content))
+    _, lines = run(root, output=str(root / "again"), tokenizer={"kind": "existing", "path": str(root / "slow")})
+    assert [line for line in lines if "does the work" in line] == [
+        f"{root / 'slow'}: `tokenizers` does the work, not the much faster path: normalizer NFC"
+    ]
+    assert {file.name: file.read_bytes() for file in (root / "again").glob("*.bin")} == fast
+
+
 def test_second_run_does_nothing(root: Path) -> None:
     run(root)
     before = {file: file.stat().st_mtime_ns for file in (root / "out").rglob("*") if file.is_file()}
@@ -187,8 +205,10 @@ def test_stats_and_documents(root: Path) -> None:
     p = p[p > 0]
     assert found.unigram_entropy == pytest.approx(float(-(p * np.log(p)).sum()))
     assert found.tokens == len(ids)
-    number, tokens, shown = next(documents(prefix, 1, 1, None))
-    assert number == 1 and len(tokens) > 10 and shown.startswith("Document 10")
+    shown = next(documents(prefix, 1, 1, None))
+    assert shown.number == 1 and len(shown.ids) > 10 and shown.text.startswith("Document 10")
+    assert "".join(run.text for run in shown.runs) == shown.text
+    assert [run.text for run in shown.runs if run.special] == ["<|endoftext|>"]
     with pytest.raises(DataError, match="document 999"):
         next(documents(prefix, 999, 1, None))
 
@@ -211,7 +231,7 @@ def test_bad_recipes(root: Path, changes: dict, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{broken", r"bad\.jsonl, byte 17"), ('{"body": "x"}', "no field 'text'"), ('{"text": 5}', "int")],
+    [("{broken", r"bad\.jsonl, line 2"), ('{"body": "x"}', "no field 'text'"), ('{"text": 5}', "int")],
 )
 def test_bad_lines(root: Path, line: str, words: str) -> None:
     (root / "raw" / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\n" + line + "\n")
