@@ -166,7 +166,7 @@ def _tokenise(jobs: Sequence[SourceJob], watcher: Watcher, workers: int, shard: 
 
 
 def _say_when_slow(tokenizer: Path, watcher: Watcher) -> None:
-    _, why = choose_encoder(tokenizer)
+    _, why = choose_encoder(load_tokenizer(tokenizer))
     if why is not None:
         watcher.say(f"{tokenizer}: `tokenizers` does the work, not the much faster path: {why}")
 

@@ -25,6 +25,7 @@ from data_prep.sources.python_library import PythonProse, PythonStdlib
 from data_prep.verify import verify
 from ouro_megatron.data.tokenizer import load_tokenizer
 from ouro_megatron.errors import DataError
+from tests.data_prep.test_byte_level import needs_extension
 
 
 class Lines:
@@ -113,6 +114,7 @@ def test_order_does_not_depend_on_workers(root: Path) -> None:
     assert (root / "out" / "web.bin").read_bytes() == alone
 
 
+@needs_extension
 def test_slow_tokenising_is_said_once_and_gives_the_same(root: Path) -> None:
     _, lines = run(root)
     assert not any("does the work" in line for line in lines)
