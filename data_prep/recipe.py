@@ -26,6 +26,8 @@ class TrainTokenizer(Section):
     sample_bytes: Annotated[int, Field(ge=1000)] = 200_000_000
     """Text it learns from at most, taken evenly from the sources."""
     end_of_document: str = "<|endoftext|>"
+    special_tokens: tuple[str, ...] = ()
+    """Further ones; conversations in ChatML need "<|im_start|>" and "<|im_end|>"."""
 
 
 class ExistingTokenizer(Section):

@@ -30,7 +30,7 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocab,
-        special_tokens=[settings.end_of_document],
+        special_tokens=list(dict.fromkeys([settings.end_of_document, *settings.special_tokens])),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -59,7 +59,7 @@ Report = Callable[[Fault], None]
 class SourceBase(BaseModel):
     """Fields of every source; its own fields and `units` and `read` come with each kind."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Output files are called this."""

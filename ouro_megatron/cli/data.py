@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 
 from ouro_megatron.cli.data_look import blend, inspect, stats, table_console, verify
+from ouro_megatron.cli.data_sources import fixtures, index, preview, sources
+from ouro_megatron.cli.data_tokenizer import check_tokenizer
 
 data = typer.Typer(help="Prepare, verify, describe and show training data.", no_args_is_help=True)
 
@@ -164,30 +166,6 @@ def status(recipe: Recipe) -> None:
     table_console().print(table)
 
 
-for command in (verify, stats, inspect, blend):
+for command in (verify, stats, inspect, blend, sources, fixtures, preview, index):
     data.command()(command)
-
-
-@data.command("check-tokenizer")
-def check_tokenizer(
-    tokenizer: Annotated[Path, typer.Argument(help="Tokenizer folder.", show_default=False)],
-    paths: Annotated[list[Path], typer.Argument(help="Text files, or folders of them.", show_default=False)],
-    limit: Annotated[float | None, typer.Option(min=0, help="Stop after this many MB.", show_default=False)] = None,
-) -> None:
-    """Compare the fast tokenising path with `tokenizers` on your own text, id by id.
-
-    Example:
-
-        ouro data check-tokenizer data/demo/tokenizer /usr/share/doc --limit 20
-    """
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from data_prep.check_tokenizer import check_tokenizer as check
-
-    console = _console()
-    columns = (TextColumn("comparing ids"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("")
-        most = None if limit is None else int(limit * 1e6)
-        line = check(tokenizer, paths, lambda done, total: progress.update(task, completed=done, total=total), most)
-    console.print(line)
+data.command("check-tokenizer")(check_tokenizer)

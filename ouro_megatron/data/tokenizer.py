@@ -74,6 +74,10 @@ class TextTokenizer:
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
 
+    def piece(self, token: int) -> str | None:
+        """The vocabulary's own spelling of a token (byte-level letters, not text); None for an id without one."""
+        return self._backend.id_to_token(token)
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of `ids`; a cut character at either end becomes U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)

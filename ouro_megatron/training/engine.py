@@ -82,7 +82,7 @@ class Engine:
                 module=lm,
                 pg_collection=context.groups,
             )
-            self.optimizer = _build_optimizer(optimizer, self.ddp, context, lm.dtype) if optimizer else None
+            self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm.dtype) if optimizer else None
         self.pipeline = LoopPipeline(lm.config, context, loops)
 
     def adopt_weights(self) -> None:

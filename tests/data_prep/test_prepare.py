@@ -233,7 +233,7 @@ def test_bad_recipes(root: Path, changes: dict, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{broken", r"bad\.jsonl, line 2"), ('{"body": "x"}', "no field 'text'"), ('{"text": 5}', "int")],
+    [("{broken", r"bad\.jsonl, line 2, byte 17"), ('{"body": "x"}', "no field 'text'"), ('{"text": 5}', "int")],
 )
 def test_bad_lines(root: Path, line: str, words: str) -> None:
     (root / "raw" / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\n" + line + "\n")
