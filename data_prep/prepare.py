@@ -75,7 +75,7 @@ def prepare(
         _tokenise(stale, watcher, workers, shard)
         if shard is None:
             _merge(jobs, stale, watcher, workers)
-            _clean(recipe)
+            _clean(recipe, jobs)
     return [] if shard is not None else _prefixes(jobs)
 
 
@@ -92,7 +92,7 @@ def merge_all(recipe: DataRecipe, watcher: Watcher, *, workers: int) -> list[Pat
                 f"tokenised yet. Run `ouro data prepare` with --slurm or the missing --shard again:{shown}"
             )
         _merge(jobs, stale, watcher, workers)
-        _clean(recipe)
+        _clean(recipe, jobs)
     return _prefixes(jobs)
 
 
@@ -236,12 +236,17 @@ def _remove_old_parts(job: SourceJob) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _clean(recipe: DataRecipe) -> None:
+def _clean(recipe: DataRecipe, jobs: Sequence[SourceJob]) -> None:
     """Shards of sources that are not in the recipe any more, plans, hashes nobody asks for."""
     if not recipe.keep_parts:
         shutil.rmtree(recipe.output / ".parts", ignore_errors=True)
-    if not recipe.filters.exact_dedup:
-        shutil.rmtree(recipe.output / ".hashes", ignore_errors=True)
+    wanted = {task.hashes for job in jobs for task in job.tasks}
+    folder = recipe.output / ".hashes"
+    for file in list(folder.iterdir()) if folder.is_dir() else []:
+        if file not in wanted:
+            file.unlink(missing_ok=True)
+    if folder.is_dir() and not recipe.filters.exact_dedup:
+        folder.rmdir()
 
 
 def _prefixes(jobs: Sequence[SourceJob]) -> list[Path]:
@@ -250,9 +255,9 @@ def _prefixes(jobs: Sequence[SourceJob]) -> list[Path]:
 
 def _summary(prefix: Path, manifest: dict[str, Any]) -> str:
     counts = manifest["source_counts"]
-    left_out = "".join(f", {count:,} {name}" for name, count in counts["left_out"].items())
-    faults = f", {counts['faults']:,} faults" if counts["faults"] else ""
-    of_source = f" (its source left out{left_out}{faults})".replace("out,", "out") if left_out or faults else ""
+    lost = [f"{count:,} {name}" for name, count in counts["left_out"].items()]
+    lost += [f"{counts['faults']:,} with faults"] if counts["faults"] else []
+    of_source = f" (of its source left out: {', '.join(lost)})" if lost else ""
     return (
         f"{prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
         f"unigram entropy {manifest['unigram_entropy']:.3f} nats{of_source}"
