@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from data_prep.dedup import find_duplicates
+from data_prep.encode import choose_encoder
 from data_prep.faults import FaultBudget, faults_file, write_faults
 from data_prep.lock import locked
 from data_prep.merge import merge, plan_merge
@@ -158,9 +159,16 @@ def _tokenise(jobs: Sequence[SourceJob], watcher: Watcher, workers: int, shard: 
             add(task, read_result(task))
     left = [task for task in tasks if not task.is_done]
     if left:
+        _say_when_slow(owners[left[0].folder].recipe.tokenizer_folder, watcher)
         tracker = Tracker("tokenising", watcher, total=sum(task.size for task in tasks))
         tracker.skip(sum(task.size for task in tasks) - sum(task.size for task in left))
         tracker.run(tokenise_shard, left, workers, add)
+
+
+def _say_when_slow(tokenizer: Path, watcher: Watcher) -> None:
+    _, why = choose_encoder(load_tokenizer(tokenizer))
+    if why is not None:
+        watcher.say(f"{tokenizer}: `tokenizers` does the work, not the much faster path: {why}")
 
 
 def _merge(jobs: Sequence[SourceJob], stale: Sequence[SourceJob], watcher: Watcher, workers: int) -> None:
