@@ -13,6 +13,7 @@ from ouro_megatron.cli.dashboard import dashboard
 from ouro_megatron.cli.data import data
 from ouro_megatron.cli.exchange import export, import_checkpoint
 from ouro_megatron.cli.generate import generate
+from ouro_megatron.cli.plan import plan
 from ouro_megatron.cli.recipe import recipe
 from ouro_megatron.cli.report import report
 from ouro_megatron.cli.train import train
@@ -43,6 +44,7 @@ def root(
 
 
 app.command()(train)
+app.command()(plan)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(upcycle)

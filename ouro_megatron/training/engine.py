@@ -56,17 +56,18 @@ class Engine:
         lm: LoopLM,
         context: ParallelContext,
         objective: ObjectiveSection,
-        optimizer: OptimizerSection,
+        optimizer: OptimizerSection | None,
         *,
         loops: int,
         position: Position | None = None,
     ) -> None:
+        """`optimizer` None leaves the engine without one: it can make gradients, not apply them (a dry run)."""
         self.lm = lm
         self.context = context
         self.objective = objective
         self.loops = loops
         self.position = position or Position()
-        self.clip = optimizer.clip
+        self.clip = optimizer.clip if optimizer else 0.0
         self.keep_whole_gradients = False
         """Leave every data-parallel rank with all reduced gradients, not only its optimizer shard: to inspect them."""
         if objective.kind == "gate":
@@ -81,7 +82,7 @@ class Engine:
                 module=lm,
                 pg_collection=context.groups,
             )
-            self.optimizer = _build_optimizer(optimizer, self.ddp, context, lm.dtype)
+            self.optimizer = _build_optimizer(optimizer, self.ddp, context, lm.dtype) if optimizer else None
         self.pipeline = LoopPipeline(lm.config, context, loops)
 
     def adopt_weights(self) -> None:
@@ -106,11 +107,28 @@ class Engine:
         self._reduce_gradients(means.tokens)
         return means
 
+<<<<<<< HEAD
     def update(self, means: LoopMeans, lr: float, judge: Judge | None = None) -> StepResult:
         """Clips and applies the gradients that `accumulate` left. All ranks call it.
 
         Not when something is not finite, or when `judge` has a reason against it.
         """
+=======
+    def trace(self, batches: list[Microbatch]) -> None:
+        """Forward, backward and gradient reduction without looking at any number: for dry runs on the meta device."""
+        first = batches[0].tokens_bs
+        self.pipeline.run(
+            _LoopedForward(self, self.loops, training=True),
+            batches,
+            sequence_length=first.shape[1],
+            microbatch_size=first.shape[0],
+            forward_only=self.objective.kind == "gate",
+        )
+        finalize_model_grads([self.ddp], None, pg_collection=self.context.groups)
+
+    def update(self, means: LoopMeans, lr: float) -> StepResult:
+        """Clips and applies the gradients that `accumulate` left, unless something is not finite. All ranks call it."""
+>>>>>>> main
         self.position.phase = "optimizer step"
         with self.context.platform.megatron_calls():
             return self._update(means, lr, judge)
