@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ouro_megatron.errors import RecipeError
 from ouro_megatron.model.attention import ScaledDotProductAttention
+from ouro_megatron.model.documents import documents_through
 from ouro_megatron.model.norm import RMSNorm
 from ouro_megatron.model.swiglu import SwiGLU
 from ouro_megatron.recipe.schema import ModelSection
@@ -54,14 +55,19 @@ class SandwichLayer(TransformerLayer):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: Any = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] (s / tensor_parallel under sequence parallelism) -> the same shape, and `context`.
 
-        Keeps the argument order of Megatron's layer: full recomputation passes these by position.
+        `packed_seq_params`: DocumentBounds, for the attention core. Keeps the argument order of Megatron's layer: full
+        recomputation passes these by position.
         """
         attention, _ = self.self_attention(
-            self.input_layernorm(hidden_states), attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
         )
         hidden_states = hidden_states + self.post_attention_norm(attention)
         mlp, _ = self.mlp(self.pre_mlp_layernorm(hidden_states))
@@ -123,7 +129,7 @@ def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
         norm=TENorm,
         column_linear=TEColumnParallelLinear,
         row_linear=TERowParallelLinear,
-        core_attention=TEDotProductAttention,
+        core_attention=documents_through(TEDotProductAttention),
     )
 
 

@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from torch import Tensor
 
+from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.looplm import LoopLM
 from ouro_megatron.objective.head import HeadGroup
 from ouro_megatron.objective.loop_loss import LoopLoss, LossParts
@@ -28,6 +29,15 @@ class Microbatch:
     tokens_bs: Tensor
     labels_bs: Tensor
     mask_bs: Tensor
+    documents: DocumentBounds | None = None
+    """Bounds of documents that must not see each other; None: each row is one."""
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor]) -> "Microbatch":
+        """From what a MicrobatchReader yields."""
+        tokens_bs = batch["tokens_bs"]
+        documents = DocumentBounds.of(batch["positions_bs"], tokens_bs.device) if "positions_bs" in batch else None
+        return cls(tokens_bs, batch["labels_bs"], batch["loss_mask_bs"], documents)
 
 
 @dataclass(frozen=True)
@@ -213,11 +223,10 @@ class _LoopedForward:
         else:
             assert view.received is not None
             h_sbh = view.received
-        if self._rotary is None:
-            self._rotary = self._lm.rotary(torch.arange(batch.tokens_bs.shape[1], device=context.device))
+        rotary, documents = self._angles(batch), batch.documents
         for loop in view.loops:
             position.loop = loop + 1
-            h_sbh = self._lm.run_layers(h_sbh, self._rotary)
+            h_sbh = self._lm.run_layers(h_sbh, rotary, documents=documents)
             if context.is_last_stage:
                 h_sbh = self._add_loss(index, batch, h_sbh, leaves=loop == view.loops[-1] and loop + 1 < self._loops)
         if not context.is_last_stage or view.loops[-1] + 1 < self._loops:
@@ -229,6 +238,14 @@ class _LoopedForward:
             if gate_only:
                 loss.backward()
         return loss, partial(_hand_out, tokens=tokens, sums=sums)
+
+    def _angles(self, batch: Microbatch) -> Tensor:
+        """RoPE's: those of plain rows are kept for the step, packed documents have their own in each microbatch."""
+        if batch.documents is not None:
+            return self._lm.rotary(batch.documents.positions_sb)
+        if self._rotary is None:
+            self._rotary = self._lm.rotary(torch.arange(batch.tokens_bs.shape[1], device=self._engine.context.device))
+        return self._rotary
 
     def _add_loss(self, index: int, batch: Microbatch, h_sbh: Tensor, *, leaves: bool) -> Tensor:
         """Adds this loop's loss. `leaves`: the state goes on to another rank, beyond autograd's reach."""

@@ -26,7 +26,7 @@ from ouro_megatron.parallel.position import Position
 from ouro_megatron.planning.flops import flops_per_token, parameter_counts, peak_flops
 from ouro_megatron.recipe.load import dump_recipe
 from ouro_megatron.recipe.schedule import BatchPlan
-from ouro_megatron.recipe.schema import BlendEntry, Recipe
+from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.recipe.validate import check_recipe
 from ouro_megatron.telemetry.setup import standard_sinks
 from ouro_megatron.telemetry.sink import RunInfo, Sinks
@@ -61,11 +61,11 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
     start = from_rank_zero(lambda: find_start(recipe, plan))
     tokenizer = load_tokenizer(recipe.data.tokenizer, model_vocab=recipe.model.vocab)
     fingerprint = from_rank_zero(lambda: _fingerprint(recipe, tokenizer))
-    reader = _reader(recipe, context, _dataset(recipe, tokenizer, "train", recipe.data.train, plan.total_samples))
+    reader = _reader(recipe, context, _dataset(recipe, tokenizer, "train", plan.total_samples))
     held_out = None
     if recipe.data.validation:
         samples = plan.at(0).samples * recipe.evaluation.batches
-        held_out = _reader(recipe, context, _dataset(recipe, tokenizer, "validation", recipe.data.validation, samples))
+        held_out = _reader(recipe, context, _dataset(recipe, tokenizer, "validation", samples))
     dtype = torch.bfloat16 if recipe.precision.compute == "bf16" else torch.float32
     lm = LoopLM(recipe.model, context, dtype=dtype, recompute=recipe.training.recompute)
     if start.folder is None:
@@ -141,27 +141,17 @@ def _state(trainer: Trainer, fingerprint: dict[str, Any], history: list[StageRec
 
 
 def _fingerprint(recipe: Recipe, tokenizer: TextTokenizer) -> dict[str, Any]:
-    return blend_fingerprint(
-        recipe.data.train,
-        sequence_length=recipe.data.sequence_length,
-        seed=recipe.training.seed,
-        tokenizer=tokenizer,
-        mask_end_of_document=recipe.data.mask_end_of_document,
-    )
+    return blend_fingerprint(recipe.data, seed=recipe.training.seed, tokenizer=tokenizer)
 
 
-def _dataset(
-    recipe: Recipe, tokenizer: TextTokenizer, split: str, entries: list[BlendEntry], samples: int
-) -> SampleDataset:
+def _dataset(recipe: Recipe, tokenizer: TextTokenizer, split: str, samples: int) -> SampleDataset:
     return build_dataset(
-        entries,
-        sequence_length=recipe.data.sequence_length,
+        recipe.data,
         samples=samples,
         seed=recipe.training.seed,
         tokenizer=tokenizer,
         cache=recipe.data.cache or recipe.run_folder / "cache",
         split_name=split,
-        mask_end_of_document=recipe.data.mask_end_of_document,
     )
 
 

@@ -115,7 +115,7 @@ class Trainer:
 def read(reader: MicrobatchReader, consumed: int, samples: int) -> Iterator[Microbatch]:
     """This rank's microbatches of the global batch that starts after `consumed` samples."""
     for batch in reader.step(consumed, samples):
-        yield Microbatch(batch["tokens_bs"], batch["labels_bs"], batch["loss_mask_bs"])
+        yield Microbatch.of(batch)
 
 
 @contextmanager
