@@ -37,5 +37,22 @@ class MetricsError(OuroError):
     exit_code = 6
 
 
+class RequestError(OuroError):
+    """A request for text that cannot be served as it is: a prompt too long, a setting out of range."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        """The request's field at fault, for the server's error object."""
+
+
+class InferenceError(OuroError):
+    """Generation cannot go on: a tensor-parallel rank died, a port is taken."""
+
+    exit_code = 7
+
+
 STOPPED_EXIT_CODE = 75
 """A run that saved and left because it was told to (TERM, USR1): submit it again to go on (EX_TEMPFAIL)."""

@@ -17,7 +17,7 @@ class StageRecord:
 
     name: str
     kind: str
-    """"training" or "upcycle"."""
+    """"training", "upcycle" or "import"."""
     steps: int
     tokens: int
     detail: str
@@ -47,8 +47,8 @@ class RunState:
     """Of the data blend; see data/fingerprint.py."""
     history: list[StageRecord] = field(default_factory=list)
     """Stages before this one, first to last."""
-    origin: Literal["training", "upcycle"] = "training"
-    """`upcycle`: made from another checkpoint; its counters are those of a stage that has not begun."""
+    origin: Literal["training", "upcycle", "import"] = "training"
+    """`upcycle`, `import`: made from another model; its counters are those of a stage that has not begun."""
     format: int = FORMAT
 
 
@@ -71,7 +71,7 @@ def read_state(folder: Path) -> RunState:
 
 def history_with(state: RunState) -> list[StageRecord]:
     """The history a stage begins with when it starts from this checkpoint: all before it, and its own stage."""
-    if state.origin == "upcycle":  # its history ends with the upcycling already
+    if state.origin != "training":  # its history ends with the upcycling or import already
         return list(state.history)
     model, data = state.recipe["model"], state.recipe["data"]
     detail = f"{model['layers']} layers x {model['loops']} loops, sequence {data['sequence_length']}"

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from ouro_megatron.cli.checkpoints import evaluate, upcycle
 from ouro_megatron.cli.data import data
+from ouro_megatron.cli.exchange import export, import_checkpoint
 from ouro_megatron.cli.generate import generate
 from ouro_megatron.cli.recipe import recipe
 from ouro_megatron.cli.report import report
@@ -44,6 +45,8 @@ app.command()(train)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(upcycle)
+app.command()(export)
+app.command("import")(import_checkpoint)
 app.command()(report)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")

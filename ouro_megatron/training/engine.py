@@ -226,7 +226,7 @@ class _LoopedForward:
         rotary, documents = self._angles(batch), batch.documents
         for loop in view.loops:
             position.loop = loop + 1
-            h_sbh = self._lm.run_layers(h_sbh, rotary, documents=documents)
+            h_sbh = self._lm.run_layers(h_sbh, rotary, loop=loop, documents=documents)
             if context.is_last_stage:
                 h_sbh = self._add_loss(index, batch, h_sbh, leaves=loop == view.loops[-1] and loop + 1 < self._loops)
         if not context.is_last_stage or view.loops[-1] + 1 < self._loops:

@@ -92,15 +92,15 @@ class EndToEnd(nn.Module):
     ) -> Tensor:
         assert (mask, kind, bias) == (None, "causal", None)
         if packed is None:
-            parts = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            return F.scaled_dot_product_attention(*parts, is_causal=True).permute(2, 0, 1, 3).flatten(2)
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3).flatten(2)
         bounds = packed.cu_seqlens_q.tolist()  # type: ignore[attr-defined]
         assert packed.qkv_format == "thd"  # type: ignore[attr-defined]
         assert query.dim() == 3
         found = []
         for begin, end in itertools.pairwise(bounds):
-            parts = (x[begin:end].transpose(0, 1)[None] for x in (query, key, value))
-            found.append(F.scaled_dot_product_attention(*parts, is_causal=True)[0].transpose(0, 1))
+            q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (query, key, value))
+            found.append(F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1))
         return torch.cat(found).flatten(1)
 
 

@@ -242,7 +242,7 @@ class SlurmCluster:
         """Ends jobs, then daemons, then removes the folder; ends by force what does not go."""
         if self._daemon("slurmctld.pid") is not None:
             self._end_jobs()
-        for name in ("slurmctld.pid", *(f"slurmd-{node}.pid" for node in self.nodes), "munged.pid"):
+        for name in (*(f"slurmd-{node}.pid" for node in self.nodes), "slurmctld.pid", "munged.pid"):
             daemon = self._daemon(name)
             if daemon is not None:
                 _signal(daemon, signal.SIGTERM)
@@ -274,12 +274,11 @@ class SlurmCluster:
     def _processes_of(self, node: str) -> Iterable[psutil.Process]:
         """Step daemons and tasks of a node, found by what Slurm puts in their environment."""
         for process in self.leftovers():
-            words = _words(process)
-            if any(word == node or word.startswith(f"{node}:") or word == f"SLURMD_NODENAME={node}" for word in words):
+            if any(word == f"SLURMD_NODENAME={node}" or f"/slurmd-{node}.log" in word for word in _words(process)):
                 yield process
 
     def leftovers(self) -> list[psutil.Process]:
-        """All processes with this cluster's folder in their command line or environment, but not this one."""
+        """All processes of this cluster, by its folder in their command line, environment or open files."""
         mark = str(self.folder)
         mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
         return [
@@ -291,6 +290,8 @@ class SlurmCluster:
 
 def _words(process: psutil.Process) -> list[str]:
     try:
+        if process.name().startswith("slurmstepd"):  # it overwrites its command line and environment
+            return [str(link.readlink()) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
         environment = [f"{name}={value}" for name, value in process.environ().items()]
         return [*process.cmdline(), *environment]
     except (psutil.Error, OSError):
