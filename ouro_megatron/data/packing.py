@@ -9,10 +9,12 @@ never holds documents of two blocks, which costs at most one unfinished sequence
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from ouro_megatron.data.indexed import check_prefix, read_index
 from ouro_megatron.errors import DataError
 
 Packing = Literal["in_order", "best_fit"]
@@ -101,6 +103,18 @@ def pack(
         report.slots, report.used_slots = count * sequence, int(slots.sum(dtype=np.int64))
         document = (document[order] + first).astype(np.int32)
         yield PackedBlock(document, offset[order], slots[order], starts, report)
+
+
+def length_histogram(lengths: np.ndarray, *, block: int = BLOCK) -> list[tuple[int, int, int, int]]:
+    """Documents by length in powers of two: (shortest, longest, documents, tokens) of each bin that is not empty."""
+    documents, tokens = np.zeros(33, np.int64), np.zeros(33, np.int64)
+    for first in range(0, len(lengths), block):
+        part = np.asarray(lengths[first : first + block], np.int64)
+        # frexp's exponent is the number of binary digits: 0 for 0, 1 for 1, 2 for 2 and 3, and so on.
+        digits = np.frexp(part)[1]
+        documents += np.bincount(digits, minlength=33)
+        tokens += np.bincount(digits, weights=part, minlength=33).astype(np.int64)
+    return [((1 << k) >> 1, (1 << k) - 1, int(documents[k]), int(tokens[k])) for k in range(33) if documents[k]]
 
 
 def packing_report(lengths: np.ndarray, sequence: int, packing: Packing, long: LongDocuments | None) -> PackingReport:
@@ -218,6 +232,19 @@ def _best_fit(slots: np.ndarray, sequence: int) -> tuple[np.ndarray, int]:
     pack_of = np.empty(len(slots), np.int32)
     pack_of[order] = placed
     return pack_of, count
+
+
+def pack_report(
+    prefix: Path, sequence: int, long: LongDocuments
+) -> tuple[dict[Packing, PackingReport], list[tuple[int, int, int, int]]]:
+    """For `ouro data pack-report`: both ways of packing the pair at `prefix`, and its `length_histogram`.
+
+    Raises DataError when the pair is missing or damaged.
+    """
+    check_prefix(prefix, 2**31)
+    lengths = read_index(prefix).lengths
+    ways: tuple[Packing, ...] = ("best_fit", "in_order")
+    return {way: packing_report(lengths, sequence, way, long) for way in ways}, length_histogram(lengths)
 
 
 def report_as_json(report: PackingReport) -> dict[str, Any]:
