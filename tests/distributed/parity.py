@@ -170,6 +170,8 @@ def _compare(layout: Layout, context: ParallelContext) -> Differences:
     reference = ReferenceLoopLM(config)
     fill_reference(reference)
     whole = batch(layout.microbatches * layout.data * MICROBATCH)
+    if layout.packed:
+        whole[2][:MICROBATCH] = 0.0  # one rank's first microbatch counts no token at all
     lm = LoopLM(
         model,
         context,
