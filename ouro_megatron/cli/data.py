@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ouro_megatron.cli.packing import pack_report
+
 data = typer.Typer(help="Prepare, verify, describe and show training data.", no_args_is_help=True)
 
 Prefixes = Annotated[list[Path], typer.Argument(help="Path of a .bin/.idx pair without the suffix.")]
@@ -115,3 +117,6 @@ def inspect(
     for number, tokens, text in documents(prefix, document, count, tokenizer):
         typer.secho(f"--- document {number}: {len(tokens)} tokens", fg="cyan")
         typer.echo(" ".join(map(str, tokens)) if ids else text)
+
+
+data.command("pack-report")(pack_report)

@@ -69,6 +69,18 @@ class DataSection(Section):
     """Folder for Megatron's sample indices; beside the run when absent."""
     mask_end_of_document: bool = False
     """Leave the label after an end-of-document token out of the loss."""
+    packing: Literal["none", "in_order", "best_fit"] = "none"
+    """`none`: documents follow each other and are cut at the sequence's end. `best_fit`: whole documents, put together
+    so that little padding is left. `in_order`: whole documents in the order they are stored in."""
+    document_mask: bool | None = None
+    """Documents in one sequence do not see each other, and positions begin anew; true when absent and `packing` is set.
+    """
+    long_documents: Literal["truncate", "split", "drop"] | None = None
+    """What packing does with documents longer than the sequence; when absent they are an error."""
+
+    @property
+    def masks_documents(self) -> bool:
+        return self.packing != "none" if self.document_mask is None else self.document_mask
 
 
 class ObjectiveSection(Section):

@@ -15,7 +15,8 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
 
     With `world_size`, the number of ranks, the layout and the batch are checked against it. No file is touched.
     """
-    problems = [*_model(recipe.model), *_layout(recipe, world_size), *_sequence(recipe), *_objective(recipe)]
+    problems = [*_model(recipe.model), *_layout(recipe, world_size), *_sequence(recipe), *_packing(recipe)]
+    problems += _objective(recipe)
     problems += _health(recipe)
     batch_problems = list(_batch(recipe, world_size))
     problems += batch_problems
@@ -109,6 +110,21 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
         yield (
             f"model.rope_base={model.rope_base:g} reaches {reach:.0f} positions (its slowest pair turns once in them), "
             f"data.sequence_length={length} is longer; raise model.rope_base"
+        )
+
+
+def _packing(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.packing == "none" and data.long_documents is not None:
+        yield (
+            f"data.long_documents={data.long_documents} says what packing does with documents longer than the "
+            "sequence, but data.packing is none, which cuts all; set data.packing to best_fit or in_order, or remove it"
+        )
+    fp32 = recipe.precision.compute == "fp32"
+    if data.masks_documents and recipe.model.implementation == "transformer_engine" and fp32:
+        yield (
+            "a document mask (data.document_mask, data.packing) needs precision.compute=bf16 with "
+            "model.implementation=transformer_engine, whose attention over packed documents has no fp32; or use local"
         )
 
 

@@ -62,4 +62,4 @@ class DataStream:
 def read(reader: MicrobatchReader, first: int, samples: int) -> Iterator[Microbatch]:
     """This rank's microbatches of the global batch of `samples` samples that begins with sample `first`."""
     for batch in reader.step(first, samples):
-        yield Microbatch(batch["tokens_bs"], batch["labels_bs"], batch["loss_mask_bs"])
+        yield Microbatch.of(batch)

@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from torch import Tensor
 
+from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.looplm import LoopLM
 from ouro_megatron.objective.head import HeadGroup
 from ouro_megatron.objective.loop_loss import LoopLoss, LossParts
@@ -28,6 +29,15 @@ class Microbatch:
     tokens_bs: Tensor
     labels_bs: Tensor
     mask_bs: Tensor
+    documents: DocumentBounds | None = None
+    """Bounds of documents that must not see each other; None: each row is one."""
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor]) -> "Microbatch":
+        """From what a MicrobatchReader yields."""
+        tokens_bs = batch["tokens_bs"]
+        documents = DocumentBounds.of(batch["positions_bs"], tokens_bs.device) if "positions_bs" in batch else None
+        return cls(tokens_bs, batch["labels_bs"], batch["loss_mask_bs"], documents)
 
 
 @dataclass(frozen=True)
@@ -107,13 +117,6 @@ class Engine:
         self._reduce_gradients(means.tokens)
         return means
 
-<<<<<<< HEAD
-    def update(self, means: LoopMeans, lr: float, judge: Judge | None = None) -> StepResult:
-        """Clips and applies the gradients that `accumulate` left. All ranks call it.
-
-        Not when something is not finite, or when `judge` has a reason against it.
-        """
-=======
     def trace(self, batches: list[Microbatch]) -> None:
         """Forward, backward and gradient reduction without looking at any number: for dry runs on the meta device."""
         first = batches[0].tokens_bs
@@ -126,9 +129,11 @@ class Engine:
         )
         finalize_model_grads([self.ddp], None, pg_collection=self.context.groups)
 
-    def update(self, means: LoopMeans, lr: float) -> StepResult:
-        """Clips and applies the gradients that `accumulate` left, unless something is not finite. All ranks call it."""
->>>>>>> main
+    def update(self, means: LoopMeans, lr: float, judge: Judge | None = None) -> StepResult:
+        """Clips and applies the gradients that `accumulate` left. All ranks call it.
+
+        Not when something is not finite, or when `judge` has a reason against it.
+        """
         self.position.phase = "optimizer step"
         with self.context.platform.megatron_calls():
             return self._update(means, lr, judge)
@@ -245,11 +250,10 @@ class _LoopedForward:
         else:
             assert view.received is not None
             h_sbh = view.received
-        if self._rotary is None:
-            self._rotary = self._lm.rotary(torch.arange(batch.tokens_bs.shape[1], device=context.device))
+        rotary, documents = self._angles(batch), batch.documents
         for loop in view.loops:
             position.loop = loop + 1
-            h_sbh = self._lm.run_layers(h_sbh, self._rotary, loop=loop)
+            h_sbh = self._lm.run_layers(h_sbh, rotary, loop=loop, documents=documents)
             if context.is_last_stage:
                 h_sbh = self._add_loss(index, batch, h_sbh, leaves=loop == view.loops[-1] and loop + 1 < self._loops)
         if not context.is_last_stage or view.loops[-1] + 1 < self._loops:
@@ -261,6 +265,14 @@ class _LoopedForward:
             if gate_only:
                 loss.backward()
         return loss, partial(_hand_out, tokens=tokens, sums=sums)
+
+    def _angles(self, batch: Microbatch) -> Tensor:
+        """RoPE's: those of plain rows are kept for the step, packed documents have their own in each microbatch."""
+        if batch.documents is not None:
+            return self._lm.rotary(batch.documents.positions_sb)
+        if self._rotary is None:
+            self._rotary = self._lm.rotary(torch.arange(batch.tokens_bs.shape[1], device=self._engine.context.device))
+        return self._rotary
 
     def _add_loss(self, index: int, batch: Microbatch, h_sbh: Tensor, *, leaves: bool) -> Tensor:
         """Adds this loop's loss. `leaves`: the state goes on to another rank, beyond autograd's reach."""
