@@ -63,7 +63,7 @@ def upcycle(
         renamed = {
             name: tensor * residual_scale if _POST_NORM.match(name) else tensor for name, tensor in renamed.items()
         }
-    _write(renamed, _new_state(state, layers, kind, optimizer, residual_scale), target)
+    _write(renamed, _new_state(state, source, layers, kind, optimizer, residual_scale), target)
 
 
 def deepen(tensors: dict[str, Tensor], chosen: list[int], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -82,7 +82,9 @@ def deepen(tensors: dict[str, Tensor], chosen: list[int], wanted: Callable[[str]
     return result
 
 
-def _new_state(state: RunState, layers: int, kind: LayerMap, optimizer: bool, residual_scale: float) -> RunState:
+def _new_state(
+    state: RunState, source: Path, layers: int, kind: LayerMap, optimizer: bool, residual_scale: float
+) -> RunState:
     recipe: dict[str, Any] = {**state.recipe, "model": {**state.recipe["model"], "layers": layers}}
     scaled = "" if residual_scale == 1.0 else f", residual scale {residual_scale:g}"
     carried = "carried" if optimizer else "fresh"
@@ -93,11 +95,12 @@ def _new_state(state: RunState, layers: int, kind: LayerMap, optimizer: bool, re
         step=0,
         tokens=0,
         samples=0,
+        first_sample=state.first_sample + state.samples,
         optimizer_steps=state.optimizer_steps if optimizer else 0,
         skipped_steps=0,
         seconds=0.0,
         recipe=recipe,
-        history=[*history_with(state), record],
+        history=[*history_with(state, source), record],
         origin="upcycle",
     )
 

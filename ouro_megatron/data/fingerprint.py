@@ -52,7 +52,7 @@ def _source(entry: BlendEntry, vocab: int) -> dict[str, Any]:
     manifest = read_manifest(entry.path)
     return {
         "path": str(entry.path),
-        "weight": entry.weight,
+        "weight": entry.share,
         "tokens": info.tokens,
         "documents": info.documents,
         "bin_bytes": info.bin_bytes,

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ouro_megatron.parallel.context import ParallelContext, context_for
 from ouro_megatron.parallel.position import Position
 from ouro_megatron.planning.flops import flops_per_token, parameter_counts, peak_flops
 from ouro_megatron.recipe.load import dump_recipe
-from ouro_megatron.recipe.schedule import BatchPlan
+from ouro_megatron.recipe.schedule import BatchPlan, LoopPlan
 from ouro_megatron.recipe.schema import BlendEntry, Recipe
 from ouro_megatron.recipe.validate import check_recipe
 from ouro_megatron.telemetry.setup import standard_sinks
@@ -61,7 +62,8 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
     start = from_rank_zero(lambda: find_start(recipe, plan))
     tokenizer = load_tokenizer(recipe.data.tokenizer, model_vocab=recipe.model.vocab)
     fingerprint = from_rank_zero(lambda: _fingerprint(recipe, tokenizer))
-    reader = _reader(recipe, context, _dataset(recipe, tokenizer, "train", recipe.data.train, plan.total_samples))
+    samples = start.first_sample + plan.total_samples
+    reader = _reader(recipe, context, _dataset(recipe, tokenizer, "train", recipe.data.train, samples))
     held_out = None
     if recipe.data.validation:
         samples = plan.at(0).samples * recipe.evaluation.batches
@@ -70,7 +72,8 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
     lm = LoopLM(recipe.model, context, dtype=dtype, recompute=recipe.training.recompute)
     if start.folder is None:
         initialise(lm, recipe.training.seed)
-    engine = Engine(lm, context, recipe.objective, recipe.optimizer, loops=recipe.model.loops, position=position)
+    loops = LoopPlan(recipe, plan).at(0)
+    engine = Engine(lm, context, recipe.objective, recipe.optimizer, loops=loops, position=position)
     progress, history = Progress(), list[StageRecord]()
     with naming_the_place(engine):
         if start.folder is not None:
@@ -85,7 +88,7 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
             plan,
             progress,
             [
-                Records(sinks, flops_per_token(recipe.model, recipe.data.sequence_length), _peak(recipe, context)),
+                Records(sinks, partial(_flops, recipe), _peak(recipe, context)),
                 Health(recipe.training.max_skipped_steps, sinks),
                 Evaluation(held_out, sinks),
                 Stopping(signals, sinks),
@@ -116,11 +119,14 @@ def _load(
                 optimizer_steps=state.optimizer_steps,
                 skipped_steps=state.skipped_steps,
                 seconds=state.seconds,
+                first_sample=state.first_sample,
             ),
             list(state.history),
         )
-    progress = Progress(optimizer_steps=state.optimizer_steps if recipe.init.optimizer else 0)
-    return progress, history_with(state)
+    if recipe.init.data_position:
+        check_fingerprint(state.fingerprint, fingerprint)
+    updates = state.optimizer_steps if recipe.init.optimizer else 0
+    return Progress(optimizer_steps=updates, first_sample=start.first_sample), history_with(state, start.folder)
 
 
 def _state(trainer: Trainer, fingerprint: dict[str, Any], history: list[StageRecord]) -> RunState:
@@ -136,6 +142,7 @@ def _state(trainer: Trainer, fingerprint: dict[str, Any], history: list[StageRec
         world=trainer.context.describe(),
         recipe=trainer.recipe.model_dump(mode="json"),
         fingerprint=fingerprint,
+        first_sample=progress.first_sample,
         history=history,
     )
 
@@ -168,6 +175,11 @@ def _dataset(
 def _reader(recipe: Recipe, context: ParallelContext, dataset: SampleDataset) -> MicrobatchReader:
     sampler = GlobalBatchSampler(recipe.batch.microbatch, context.data_rank, context.data_size)
     return MicrobatchReader(dataset, sampler, context.device)
+
+
+def _flops(recipe: Recipe, loops: int) -> float:
+    model = recipe.model.model_copy(update={"loops": loops})
+    return flops_per_token(model, recipe.data.sequence_length)
 
 
 def _peak(recipe: Recipe, context: ParallelContext) -> float | None:
@@ -220,6 +232,8 @@ def _sinks(
     try:
         if start.folder is not None:
             sinks.notify("resume" if start.resumed else "start", f"loaded {start.folder}")
+        for line in start.handover:
+            sinks.notify("handover", line)
         for note in start.notes:
             sinks.notify("warning", note)
         yield sinks
@@ -232,7 +246,7 @@ def _sinks(
 
 def _write_data_facts(recipe: Recipe) -> None:
     """data.json for the report: the validation blend's unigram entropy, where its manifests know it."""
-    known = [(entry.weight, read_manifest(entry.path)) for entry in recipe.data.validation]
+    known = [(entry.share, read_manifest(entry.path)) for entry in recipe.data.validation]
     if not known or any(manifest is None or "unigram_entropy" not in manifest for _, manifest in known):
         return
     total = sum(weight for weight, _ in known)

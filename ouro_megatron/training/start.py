@@ -9,6 +9,7 @@ from ouro_megatron.errors import CheckpointError, RecipeError
 from ouro_megatron.recipe.load import difference
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import Recipe
+from ouro_megatron.training.handover import handover
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Start:
     resumed: bool
     """The checkpoint is this run's own."""
     notes: tuple[str, ...] = ()
+    """Warnings for people."""
+    first_sample: int = 0
+    """Where in the blend this stage begins."""
+    handover: tuple[str, ...] = ()
+    """What a new stage takes over from the checkpoint and what begins afresh, for people."""
 
 
 def find_start(recipe: Recipe, plan: BatchPlan) -> Start:
@@ -34,14 +40,32 @@ def find_start(recipe: Recipe, plan: BatchPlan) -> Start:
         before = Recipe.model_validate(state.recipe)
         for path, old, new in difference(before, recipe):
             notes.append(f"recipe changed since step {state.step}: {path}: {old} -> {new}")
-        return Start(own.folder, True, tuple(notes))
-    if recipe.init.checkpoint is not None:
-        try:
-            found = resolve(recipe.init.checkpoint)
-        except CheckpointError as error:
-            raise CheckpointError(f"init.checkpoint: {error}") from error
-        return Start(found.folder, False, tuple(notes + found.skipped))
-    return Start(None, False, tuple(notes))
+        return Start(own.folder, True, tuple(notes), first_sample=state.first_sample)
+    source = recipe.init_path
+    if source is None:
+        return Start(None, False, tuple(notes))
+    field = "init.stage" if recipe.init.stage is not None else "init.checkpoint"
+    try:
+        found = resolve(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{field}: {error}") from error
+    state = read_state(found.folder)
+    if recipe.init.stage is not None:
+        _check_finished(state, found.folder)
+    first = state.first_sample + state.samples if recipe.init.data_position else 0
+    lines = tuple(handover(state, recipe, found.folder))
+    return Start(found.folder, False, tuple(notes + found.skipped), first, lines)
+
+
+def _check_finished(state: RunState, folder: Path) -> None:
+    if state.origin != "training":
+        return
+    total = BatchPlan(Recipe.model_validate(state.recipe)).total_steps
+    if state.step < total:
+        raise CheckpointError(
+            f"init.stage={state.recipe['name']} is not finished: {folder} is step {state.step} of {total}. Train it to "
+            "its end, or name the checkpoint itself (init.checkpoint) to start from there"
+        )
 
 
 def _check_same_data_position(recipe: Recipe, plan: BatchPlan, state: RunState, folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol
 from ouro_megatron.data.sampler import MicrobatchReader
 from ouro_megatron.errors import TrainingError
 from ouro_megatron.parallel.context import ParallelContext
-from ouro_megatron.recipe.schedule import BatchPlan, BatchPoint, LRSchedule
+from ouro_megatron.recipe.schedule import BatchPlan, BatchPoint, LoopPlan, LRSchedule
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.training.engine import Engine, Microbatch, StepResult
 
@@ -19,6 +19,8 @@ class Progress:
     """Where a run stands; goes into every checkpoint. The data position follows from the step."""
 
     step: int = 0
+    first_sample: int = 0
+    """Where in the blend this stage began."""
     optimizer_steps: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -66,6 +68,7 @@ class Trainer:
         self.stop_requested = False
         self._reader = reader
         self._lr = LRSchedule(recipe, plan)
+        self._loops = LoopPlan(recipe, plan)
         self._callbacks = callbacks
 
     @property
@@ -95,9 +98,10 @@ class Trainer:
         progress, position = self.progress, self.engine.position
         started = time.perf_counter()
         before = self.plan.at(progress.step)
+        self.engine.set_loops(self._loops.at(progress.step))
         position.step = progress.step + 1
         position.phase = "reading data"
-        batches = list(read(self._reader, before.consumed_samples, before.samples))
+        batches = list(read(self._reader, progress.first_sample + before.consumed_samples, before.samples))
         lr = self._lr.at(progress.step)
         result = self.engine.train_step(batches, lr)
         seconds = time.perf_counter() - started
