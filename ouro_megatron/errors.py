@@ -37,5 +37,11 @@ class MetricsError(OuroError):
     exit_code = 6
 
 
+class ClusterError(OuroError):
+    """Jobs that cannot be submitted as they are. Lists every problem found, one a line."""
+
+    exit_code = 7
+
+
 STOPPED_EXIT_CODE = 75
 """A run that saved and left because it was told to (TERM, USR1): submit it again to go on (EX_TEMPFAIL)."""
