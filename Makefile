@@ -19,10 +19,10 @@ help:
 
 setup: .venv/ready
 
-# Installed anew whenever the dependencies change.
-.venv/ready: pyproject.toml
+# Installed anew whenever the dependencies or the C extension change.
+.venv/ready: pyproject.toml data_prep/_byte_level.c
 	$(PYTHON) -m venv .venv
-	"$(BIN)/python" -m pip install --quiet --progress-bar on -e ".[cpu,dev]"
+	"$(BIN)/python" -m pip install --quiet --progress-bar on -e ".[cpu,dev,data,hf]"
 	touch .venv/ready
 
 # Each step looks at what is there and does only what is missing: run it again after an interruption.

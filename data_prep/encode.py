@@ -51,9 +51,25 @@ class PlainEncoder:
         return Encoded(ids, lengths)
 
 
+def same_ids(one: Encoded, other: Encoded) -> bool:
+    """Whether both hold the same ids for each text."""
+    return np.array_equal(one.lengths, other.lengths) and np.array_equal(one.ids, other.ids)
+
+
 def batch_encoder(tokenizer_folder: Path) -> BatchEncoder:
     """The fastest encoder that gives exactly the ids of `tokenizers` for this folder's tokenizer.
 
     Raises DataError as `load_tokenizer` does.
     """
-    return PlainEncoder(load_tokenizer(tokenizer_folder))
+    return choose_encoder(tokenizer_folder)[0]
+
+
+def choose_encoder(tokenizer_folder: Path) -> tuple[BatchEncoder, str | None]:
+    """`batch_encoder`, and why it is the slow one, if it is. Raises DataError as `load_tokenizer` does."""
+    from data_prep.byte_level import ByteLevelEncoder, MisfitError
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    try:
+        return ByteLevelEncoder(tokenizer), None
+    except MisfitError as misfit:
+        return PlainEncoder(tokenizer), str(misfit)

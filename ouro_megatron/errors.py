@@ -40,6 +40,23 @@ class MetricsError(OuroError):
 class ClusterError(OuroError):
     """Jobs that cannot be submitted as they are. Lists every problem found, one a line."""
 
+    exit_code = 8
+
+
+class RequestError(OuroError):
+    """A request for text that cannot be served as it is: a prompt too long, a setting out of range."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        """The request's field at fault, for the server's error object."""
+
+
+class InferenceError(OuroError):
+    """Generation cannot go on: a tensor-parallel rank died, a port is taken."""
+
     exit_code = 7
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from data_prep.formats.files import local_file
 from data_prep.sources.base import Document, Fault, Report, SourceBase, Unit
-from data_prep.sources.files import unit_of
 from ouro_megatron.errors import DataError
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "lib2to3"}
@@ -47,7 +47,7 @@ class PythonStdlib(SourceBase):
     kind: Literal["python_stdlib"]
 
     def units(self, target_bytes: int) -> list[Unit]:
-        return [unit_of(file) for file in _modules()]
+        return [local_file(file).unit() for file in _modules()]
 
     def read(self, unit: Unit, report: Report) -> Iterator[Document]:
         file = Path(unit.path)
@@ -64,7 +64,7 @@ class PythonProse(SourceBase):
     def units(self, target_bytes: int) -> list[Unit]:
         import pydoc_data.topics
 
-        return [unit_of(file) for file in (Path(pydoc_data.topics.__file__), *_modules())]
+        return [local_file(file).unit() for file in (Path(pydoc_data.topics.__file__), *_modules())]
 
     def read(self, unit: Unit, report: Report) -> Iterator[Document]:
         file = Path(unit.path)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,12 @@ from ouro_megatron.checkpoint.save import describe
 from ouro_megatron.checkpoint.state import RunState, StageRecord, check_same_model, history_with, read_state
 from ouro_megatron.checkpoint.write import write_plain
 from ouro_megatron.errors import CheckpointError
+from ouro_megatron.parallel.context import create_context
+from ouro_megatron.recipe.schema import ParallelSection
 
 
 def last_checkpoints(run: Path, last: int) -> list[Path]:
-    """The newest `last` complete checkpoints of a run folder, oldest first. Raises CheckpointError when it has fewer."""
+    """The newest `last` complete checkpoints of a run folder, oldest first. Raises CheckpointError for fewer."""
     root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     complete = [folder for folder in step_folders(root) if problem_with(folder) is None]
     if len(complete) < last:
@@ -53,19 +56,36 @@ def average(source: Path | Sequence[Path], target: Path, last: int | None = None
 
 
 def _mean(folders: Sequence[Path]) -> dict[str, Tensor]:
-    total: dict[str, np.ndarray] = {}
-    for folder in folders:
-        try:
-            tensors = dist_checkpointing.load_plain_tensors(str(folder))
-        except (Exception, CheckpointException) as error:
-            raise CheckpointError(f"{folder} cannot be read: {describe(error)}") from error
-        weights = {name: tensor for name, tensor in tensors.items() if name.startswith("weight.")}
-        if total and set(total) != set(weights):
+    """One tensor at a time."""
+    stored = [_weights_of(folder) for folder in folders]
+    for folder, found in zip(folders[1:], stored[1:], strict=True):
+        if set(found) != set(stored[0]):
             raise CheckpointError(f"{folder} holds other tensors than {folders[0]}")
-        for name, tensor in weights.items():
-            wide = tensor.numpy().astype(np.float64)
-            total[name] = wide if name not in total else total[name] + wide
-    return {name: torch.from_numpy((value / len(folders)).astype(np.float32)) for name, value in total.items()}
+    result = {}
+    for name in stored[0]:
+        total: np.ndarray | float = 0.0
+        for folder, found in zip(folders, stored, strict=True):
+            total = total + _read(folder, name, found[name]).numpy().astype(np.float64)
+        result[name] = torch.from_numpy((total / len(folders)).astype(np.float32))  # type: ignore[union-attr]
+    return result
+
+
+def _weights_of(folder: Path) -> dict[str, Any]:
+    """Where each weight lies in the checkpoint."""
+    try:
+        stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{folder} cannot be read: {describe(error)}") from error
+    return {name: where for name, where in stored.items() if name.startswith("weight.")}
+
+
+def _read(folder: Path, name: str, where: Any) -> Tensor:
+    try:
+        # Loading fills what it is given in place.
+        template = {name: replace(where, data=torch.empty_like(where.data))}
+        return dist_checkpointing.load(template, str(folder), validate_access_integrity=False)[name]
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{folder}: {name} cannot be read: {describe(error)}") from error
 
 
 def _new_state(states: Sequence[RunState], folders: Sequence[Path]) -> RunState:
@@ -86,3 +106,16 @@ def _new_state(states: Sequence[RunState], folders: Sequence[Path]) -> RunState:
         history=[*history_with(last, folders[-1]), record],
         origin="average",
     )
+
+
+def average_files(sources: Sequence[Path], target: Path, last: int | None) -> list[Path]:
+    """`average` in a context of its own: one run folder with `last`, or several checkpoints. Raises CheckpointError."""
+    if len(sources) == 1 and last is None:
+        raise CheckpointError(f"{sources[0]} is one folder: say how many of its checkpoints to average with --last")
+    if len(sources) > 1 and last is not None:
+        raise CheckpointError("--last is for one run folder; several checkpoints are averaged as they are named")
+    context = create_context(ParallelSection(), "cpu")
+    try:
+        return average(sources[0] if len(sources) == 1 else sources, target, last)
+    finally:
+        context.close()

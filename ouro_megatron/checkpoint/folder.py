@@ -21,6 +21,8 @@ from ouro_megatron.errors import CheckpointError
 
 MARKER = "complete.json"
 STATE = "state.json"
+TOKENIZER_FOLDER = "tokenizer"
+"""Beside the tensors of a checkpoint that was imported: its tokenizer came with it."""
 _STEP = re.compile(r"^step-(\d{8,})$")
 
 

@@ -8,7 +8,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ouro_megatron.checkpoint.folder import resolve
+from ouro_megatron.checkpoint.folder import TOKENIZER_FOLDER, resolve
+from ouro_megatron.checkpoint.huggingface.config import is_pretrained
 from ouro_megatron.checkpoint.save import describe
 from ouro_megatron.checkpoint.state import RunState, check_same_model, read_state
 from ouro_megatron.checkpoint.tensors import moment_template, put_optimizer, put_weights, weight_template
@@ -76,16 +77,27 @@ class InferenceModel:
     tokenizer: TextTokenizer
 
 
+def tokenizer_folder(folder: Path, recipe: Recipe) -> Path:
+    """Where the tokenizer of a checkpoint is: an imported one carries its own."""
+    own = folder / TOKENIZER_FOLDER
+    return own if own.is_dir() else recipe.data.tokenizer
+
+
 def load_for_inference(path: Path, device: str = "cpu", context: ParallelContext | None = None) -> InferenceModel:
-    """The model at `path` (a checkpoint, a folder of them, or a run folder) in fp32.
+    """The model at `path` (a checkpoint, a folder of them, a run folder, or a folder in the published layout) in fp32.
 
     In one process, or at the layout of `context`, whose ranks all call this together.
     Raises CheckpointError as `resolve` does and DataError when its tokenizer has moved.
     """
+    if is_pretrained(path):
+        from ouro_megatron.checkpoint.huggingface.load import load_pretrained
+
+        lm, context, recipe, state, tokenizer = load_pretrained(path, device, context)
+        return InferenceModel(lm, context, recipe, state, path, tokenizer)
     found = resolve(path)
     state = read_state(found.folder)
     recipe = Recipe.model_validate(state.recipe)
-    tokenizer = load_tokenizer(recipe.data.tokenizer, model_vocab=recipe.model.vocab)
+    tokenizer = load_tokenizer(tokenizer_folder(found.folder, recipe), model_vocab=recipe.model.vocab)
     context = context or create_context(ParallelSection(), device, recipe.training.seed)
     # The local layers have the same parameters as Transformer Engine's, and the cache that decoding needs.
     lm = LoopLM(recipe.model.model_copy(update={"implementation": "local"}), context)

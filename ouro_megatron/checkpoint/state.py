@@ -17,7 +17,7 @@ class StageRecord:
 
     name: str
     kind: str
-    """"training", "upcycle" or "average"."""
+    """"training", "upcycle", "average" or "import"."""
     steps: int
     tokens: int
     detail: str
@@ -54,8 +54,8 @@ class RunState:
     """Where in the blend this stage began: the next sample is number `first_sample` + `samples`."""
     history: list[StageRecord] = field(default_factory=list)
     """Stages before this one, first to last."""
-    origin: Literal["training", "upcycle", "average"] = "training"
-    """Others than `training`: made from other checkpoints; its counters are those of a stage that has not begun."""
+    origin: Literal["training", "upcycle", "average", "import"] = "training"
+    """Others than `training`: made from another model or several; its counters are those of a stage not begun."""
     format: int = FORMAT
 
 

@@ -8,8 +8,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ouro_megatron.cli.checkpoint import checkpoint
 from ouro_megatron.cli.checkpoints import evaluate, upcycle
+from ouro_megatron.cli.cluster import cancel, status, submit
 from ouro_megatron.cli.data import data
+from ouro_megatron.cli.exchange import export, import_checkpoint
 from ouro_megatron.cli.generate import generate
 from ouro_megatron.cli.recipe import recipe
 from ouro_megatron.cli.report import report
@@ -44,7 +47,13 @@ app.command()(train)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(upcycle)
+app.command()(export)
+app.command("import")(import_checkpoint)
 app.command()(report)
+app.command()(submit)
+app.command()(status)
+app.command()(cancel)
+app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 

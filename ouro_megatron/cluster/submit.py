@@ -1,6 +1,5 @@
 """Submits the steps of a pipeline as Slurm jobs that wait for each other, or runs them here one after the other."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -112,7 +111,7 @@ def cancel(pipeline: Pipeline, names: Sequence[str], say: Say) -> list[int]:
 def run_here(pipeline: Pipeline, wanted: Plan, say: Say) -> int:
     """Runs the steps one after the other on this machine, each stage on the fewest ranks its layout needs. Returns the
     exit code of the first that does not finish, else 0. Raises OuroError as the steps do."""
-    from ouro_megatron.checkpoint.average import average
+    from ouro_megatron.checkpoint.average import average_files
     from ouro_megatron.evaluation.upcycled import upcycle_and_compare
     from ouro_megatron.training.launch import train
 
@@ -139,11 +138,11 @@ def run_here(pipeline: Pipeline, wanted: Plan, say: Say) -> int:
             )
         else:
             assert job.average is not None
-            average(job.source, job.made, job.average.last)
+            average_files([job.source], job.made, job.average.last)
         say(f"wrote {job.made}")
     return 0
 
 
 def project_folder() -> Path:
     """Recipes' relative paths are meant from here, on every node."""
-    return Path(os.getcwd()).resolve()
+    return Path.cwd().resolve()

@@ -52,6 +52,10 @@ class TextTokenizer:
         """Enters the key of Megatron's index cache; content, not path, so that a moved folder stays valid."""
         return OrderedDict(sha256=self.sha256, eod=self.eod)
 
+    def to_json(self) -> str:
+        """The content of tokenizer.json in the form of the installed `tokenizers`, with every default written out."""
+        return self._backend.to_str()
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text`, nothing added. "<|endoftext|>" in it is plain text unless `special` is set."""
         self._backend.encode_special_tokens = not special

@@ -1,59 +1,104 @@
-"""Keys and values of every (loop, layer): a looped model's layers see other states in every loop."""
+"""Keys and values of decoding: what is kept of each loop, and what a position holds whose token left early.
+
+A looped model's layers see another state in every loop, so the exact cache has an entry for each (loop, layer). After
+the prompt the loops may share one entry a layer instead (arXiv 2510.25741, table 14), which takes 1/T of the memory:
+
+| policy  | a finished position holds                           | at loop t a token attends to              |
+|---------|-----------------------------------------------------|-------------------------------------------|
+| all     | each loop's own                                     | loop t of every position                  |
+| last    | those of the last loop that ran for it              | the shared entry, and its own of loop t   |
+| first   | those of loop 1                                     | the shared entry, and its own of loop t   |
+| average | the mean over the loops that ran for it             | the shared entry, and its own of loop t   |
+
+Prompts run through all loops with each loop's own entries whatever the policy.
+"""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-_BLOCK = 256
-"""Positions by which the buffers grow."""
+from ouro_megatron.inference.weights import ModelWeights
+
+CachePolicy = Literal["all", "last", "first", "average"]
+CACHE_POLICIES: tuple[CachePolicy, ...] = ("all", "last", "first", "average")
 
 
-class LayerCache:
-    """One (loop, layer). Holds [capacity, b, g, d] buffers of which the first `cache.length` positions are settled."""
+class KeyValueCache:
+    """[layer, entry, slot, g, capacity, d] buffers; a slot is one sequence's. Entries are loops, or one shared."""
 
-    def __init__(self, cache: "LoopCache") -> None:
-        self._cache = cache
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+    def __init__(self, weights: ModelWeights, policy: CachePolicy, loops: int, slots: int, capacity: int) -> None:
+        self.policy = policy
+        self.loops, self.slots, self.capacity = loops, slots, capacity
+        self.entries = loops if policy == "all" else 1
+        layers, groups, dim = len(weights.layers), weights.groups, weights.head_dim
+        shape = (layers, self.entries, slots, groups, capacity, dim)
+        # Finite everywhere: where a batch is padded, weight 0 times garbage could be NaN. On a CPU these are pages of
+        # zeros from the system, which take no memory until a position reaches them.
+        self.keys = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
+        self.values = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
+        self._groups, self._dim = groups, dim
+        self._heads = torch.arange(groups, device=weights.device) * capacity
+        self._own: tuple[Tensor, Tensor] | None = None
+        if policy in ("first", "average"):
+            # The entry of the token under way: the cache itself holds what it attends to at the current loop.
+            own = (layers, slots, groups, dim)
+            self._own = (
+                torch.zeros(own, dtype=torch.float32, device=weights.device),
+                torch.zeros(own, dtype=torch.float32, device=weights.device),
+            )
 
-    def extend(self, key_sbnd: Tensor, value_sbnd: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stores the new positions after the settled ones; see `CacheSlot.extend`."""
-        start, new = self._cache.length, key_sbnd.shape[0]
-        keys, values = self._room(start + new, key_sbnd, value_sbnd)
-        keys[start : start + new], values[start : start + new] = key_sbnd, value_sbnd
-        mask = None
-        if start and new > 1:
-            positions = torch.arange(start + new, device=key_sbnd.device)
-            mask = (positions[None, :] <= positions[start:, None])[None, None]
-        return keys[: start + new], values[: start + new], mask
+    @property
+    def bytes_a_position(self) -> int:
+        """Memory of one position of one sequence on this rank."""
+        return 2 * self.keys.shape[0] * self.entries * self._groups * self._dim * self.keys.element_size()
 
-    def copy_positions(self, source: "LayerCache", start: int, end: int) -> None:
-        """Takes over positions `start` to `end` of another loop's entry."""
-        assert source._keys is not None and source._values is not None
-        keys, values = self._room(end, source._keys, source._values)
-        keys[start:end], values[start:end] = source._keys[start:end], source._values[start:end]
+    def entry(self, loop: int) -> int:
+        """Where loop `loop` (1-based) is kept."""
+        return loop - 1 if self.entries > 1 else 0
 
-    def _room(self, needed: int, key_sbnd: Tensor, value_sbnd: Tensor) -> tuple[Tensor, Tensor]:
-        if self._keys is None or self._values is None:
-            self._keys = key_sbnd.new_zeros((0, *key_sbnd.shape[1:]))
-            self._values = value_sbnd.new_zeros((0, *value_sbnd.shape[1:]))
-        missing = needed - self._keys.shape[0]
-        if missing > 0:
-            grow = -(-missing // _BLOCK) * _BLOCK
-            self._keys = torch.cat((self._keys, self._keys.new_zeros((grow, *self._keys.shape[1:]))))
-            self._values = torch.cat((self._values, self._values.new_zeros((grow, *self._values.shape[1:]))))
-        return self._keys, self._values
+    def rows(self, loops: list[int], slots: list[int], positions: list[int]) -> Tensor:
+        """Indices [n g] into a layer's keys seen as [entry slot g capacity, d], for n positions."""
+        starts = [
+            ((self.entry(loop) * self.slots + slot) * self._groups) * self.capacity + position
+            for loop, slot, position in zip(loops, slots, positions, strict=True)
+        ]
+        device = self.keys.device
+        return (torch.tensor(starts, device=device)[:, None] + self._heads).flatten()
 
+    def write(self, layer: int, rows: Tensor, key_ngd: Tensor, value_ngd: Tensor) -> None:
+        """Stores n positions at `rows`."""
+        self.keys[layer].view(-1, self._dim).index_copy_(0, rows, key_ngd.reshape(-1, self._dim))
+        self.values[layer].view(-1, self._dim).index_copy_(0, rows, value_ngd.reshape(-1, self._dim))
 
-class LoopCache:
-    """All entries of a model: `slots[loop][layer]`, loops from 0."""
+    def write_mean(self, layer: int, loop: int, rows: Tensor, key_ngd: Tensor, value_ngd: Tensor) -> None:
+        """Brings the mean over loops at `rows` up to `loop`: for prompts, whose entries no loop reads back."""
+        for buffer, new in ((self.keys, key_ngd), (self.values, value_ngd)):
+            flat = buffer[layer].view(-1, self._dim)
+            new = new.reshape(-1, self._dim)
+            if loop > 1:
+                old = flat.index_select(0, rows)
+                new = old.float().lerp_(new.float(), 1.0 / loop).to(buffer.dtype)
+            flat.index_copy_(0, rows, new)
 
-    def __init__(self, loops: int, layers: int) -> None:
-        self.length = 0
-        """Positions that all loops have seen."""
-        self.slots = [[LayerCache(self) for _ in range(layers)] for _ in range(loops)]
+    def note_own(self, layer: int, first: bool, slots: Tensor, key_ngd: Tensor, value_ngd: Tensor) -> None:
+        """Keeps a token's own entry of this loop for `settle`: loop 1's, or the sum for the average."""
+        assert self._own is not None
+        for buffer, new in zip(self._own, (key_ngd, value_ngd), strict=True):
+            if first:
+                buffer[layer].index_copy_(0, slots, new.float())
+            else:
+                buffer[layer].index_add_(0, slots, new.float())
 
-    def fill_deeper(self, exit_loop: int, new: int) -> None:
-        """Gives the `new` newest positions of all loops after `exit_loop` (1-based) that loop's keys and values."""
-        for deeper in self.slots[exit_loop:]:
-            for target, source in zip(deeper, self.slots[exit_loop - 1], strict=True):
-                target.copy_positions(source, self.length, self.length + new)
+    def settle(self, slot: int, position: int, loops_run: int) -> None:
+        """Gives a finished position its shared entry (policies `first` and `average`)."""
+        if self._own is None:
+            return
+        scale = 1.0 / loops_run if self.policy == "average" else 1.0
+        for buffer, own in zip((self.keys, self.values), self._own, strict=True):
+            buffer[:, 0, slot, :, position] = (own[:, slot] * scale).to(buffer.dtype)
+
+    def fill_deeper(self, slot: int, position: int, exit_loop: int) -> None:
+        """Gives all loops after `exit_loop` that loop's keys and values at a position (policy `all`)."""
+        for buffer in (self.keys, self.values):
+            buffer[:, exit_loop:, slot, :, position] = buffer[:, exit_loop - 1 : exit_loop, slot, :, position]

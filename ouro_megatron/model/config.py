@@ -1,5 +1,7 @@
 """From a recipe's model section to Megatron-Core's TransformerConfig."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,11 +18,12 @@ def transformer_config(
     parallel: ParallelSection,
     *,
     dtype: torch.dtype,
-    recompute: str = "none",
     device: torch.device,
+    layers_by_rank: Sequence[int] | None = None,
 ) -> TransformerConfig:
     """Config of one pipeline rank's layers. Megatron sees L layers over `pipeline` ranks and knows nothing of loops.
 
+    `layers_by_rank` says how many each pipeline rank holds, evenly many when absent.
     Weights are made empty (`perform_initialization=False`): `model.init` or a checkpoint fills them.
     Losses are summed over tokens and divided by the global count once (`calculate_per_token_loss`).
     """
@@ -47,6 +50,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_layout=_pipeline_layout(layers_by_rank),
         sequence_parallel=parallel.sequence,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
@@ -56,10 +60,18 @@ def transformer_config(
         use_te_activation_func=True,
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
-        recompute_granularity="full" if recompute == "full" else None,
-        recompute_method="uniform" if recompute == "full" else None,
-        recompute_num_layers=1 if recompute == "full" else None,
+        # `LoopLM.run_layers` switches the granularity from loop to loop.
+        recompute_method="uniform",
+        recompute_num_layers=1,
         # The batched path pairs sends and receives wrongly when the previous and next rank are the same (PP=2).
         overlap_p2p_comm=parallel.pipeline > 1,
         batch_p2p_comm=parallel.pipeline <= 1,
     )
+
+
+def _pipeline_layout(layers_by_rank: Sequence[int] | None) -> list[list[str]] | None:
+    """Megatron's description of an uneven pipeline: what each rank holds, in order."""
+    if layers_by_rank is None or len(layers_by_rank) == 1:
+        return None
+    layout = [["decoder"] * count for count in layers_by_rank]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]

@@ -1,8 +1,10 @@
 """The sandwich-norm layer and its specs: a norm before and after each sub-layer, inside the residual branch."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -13,11 +15,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 
 from ouro_megatron.errors import RecipeError
 from ouro_megatron.model.attention import ScaledDotProductAttention
 from ouro_megatron.model.norm import RMSNorm
+from ouro_megatron.model.recompute import not_kept
 from ouro_megatron.model.swiglu import SwiGLU
 from ouro_megatron.recipe.schema import ModelSection
 
@@ -43,6 +46,8 @@ class SandwichLayer(TransformerLayer):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config, submodules, layer_number, hidden_dropout, pg_collection, vp_stage)
+        self.recompute_cheap = False
+        """Make the results of pre-norms and of SwiGLU again in backward; switched by `LoopLM.run_layers`."""
         norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
         self.post_attention_norm = build_module(submodules.post_attention_norm, **norm)
         self.post_mlp_norm = build_module(submodules.post_mlp_norm, **norm)
@@ -60,12 +65,34 @@ class SandwichLayer(TransformerLayer):
 
         Keeps the argument order of Megatron's layer: full recomputation passes these by position.
         """
-        attention, _ = self.self_attention(
-            self.input_layernorm(hidden_states), attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
-        )
+        normed = self.input_layernorm(hidden_states)
+        with self._norm_made_again(normed, self.input_layernorm, hidden_states):
+            attention, _ = self.self_attention(normed, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
         hidden_states = hidden_states + self.post_attention_norm(attention)
-        mlp, _ = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        normed = self.pre_mlp_layernorm(hidden_states)
+        mlp, _ = self._mlp(normed, hidden_states)
         return hidden_states + self.post_mlp_norm(mlp), context
+
+    def _mlp(self, normed: Tensor, source: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The feed-forward part on `normed`, the norm of `source`."""
+        if not self._is_selective:
+            return self.mlp(normed)
+        with self._norm_made_again(normed, self.pre_mlp_layernorm, source):
+            gate_up, _ = self.mlp.linear_fc1(normed)
+        activated = self.mlp.activation_func(gate_up)
+        kept = gate_up.detach()
+        with not_kept(activated, lambda: self.mlp.activation_func(kept)):
+            return self.mlp.linear_fc2(activated)
+
+    @property
+    def _is_selective(self) -> bool:
+        return self.recompute_cheap and self.training and torch.is_grad_enabled()
+
+    def _norm_made_again(self, normed: Tensor, norm: nn.Module, source: Tensor) -> AbstractContextManager[None]:
+        if not self._is_selective:
+            return nullcontext()
+        kept = source.detach()
+        return not_kept(normed, lambda: norm(kept))
 
 
 def _sandwich_block(

@@ -7,7 +7,7 @@ checkpoints of arXiv 2510.25741).
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from ouro_megatron.model.config import head_dim, transformer_config
 from ouro_megatron.model.layer import block_spec
 from ouro_megatron.model.layout import Split, split_of, take_shard, whole_shape
 from ouro_megatron.parallel.context import ParallelContext
-from ouro_megatron.recipe.schema import ModelSection, ParallelSection
+from ouro_megatron.recipe.layers import balanced_layers
+from ouro_megatron.recipe.schema import ModelSection, ParallelSection, Recompute
 
 
 class ExitGate(nn.Module):
@@ -49,7 +50,11 @@ class ExitGate(nn.Module):
 
 
 class LoopLM(MegatronModule):
-    """Embedding on the first pipeline rank, L/p layers on each, final norm, gate and head on the last."""
+    """Embedding on the first pipeline rank, final norm, gate and head on the last, layers on each.
+
+    `layers_by_rank` says how many layers each pipeline rank holds; balanced by FLOPs when absent. Checkpoints do not
+    depend on it.
+    """
 
     def __init__(
         self,
@@ -57,16 +62,27 @@ class LoopLM(MegatronModule):
         context: ParallelContext,
         *,
         dtype: torch.dtype = torch.float32,
-        recompute: str = "none",
+        recompute: Recompute = "none",
+        recompute_loops: int | None = None,
+        layers_by_rank: Sequence[int] | None = None,
     ) -> None:
         parallel = ParallelSection(
             tensor=context.tensor_size, pipeline=context.pipeline_size, sequence=context.sequence_parallel
         )
-        config = transformer_config(model, parallel, dtype=dtype, recompute=recompute, device=context.device)
+        self._layers_by_rank = list(layers_by_rank or balanced_layers(model, context.pipeline_size))
+        config = transformer_config(
+            model,
+            parallel,
+            dtype=dtype,
+            device=context.device,
+            layers_by_rank=self._layers_by_rank,
+        )
         super().__init__(config=config)
         self.model = model
         self.context = context
         self.dtype = dtype
+        self._recompute = recompute
+        self._recompute_loops = recompute_loops
         groups = context.groups
         # Megatron's gradient reduction asks which end of the pipeline this is and whether the head is tied.
         self.pre_process, self.post_process = context.is_first_stage, context.is_last_stage
@@ -78,7 +94,7 @@ class LoopLM(MegatronModule):
             )
         self.decoder = TransformerBlock(
             config,
-            block_spec(model, model.layers // context.pipeline_size),
+            block_spec(model, self._layers_by_rank[context.pipeline_rank]),
             pre_process=True,
             post_process=context.is_last_stage,
             pg_collection=groups,
@@ -116,11 +132,13 @@ class LoopLM(MegatronModule):
         """RoPE angles for these positions, the same in every loop; see `rotary_embedding`."""
         return rotary_embedding(positions_s, head_dim(self.model), self.model.rope_base)
 
-    def run_layers(self, h_sbh: Tensor, rotary: Tensor, slots: list[CacheSlot] | None = None) -> Tensor:
+    def run_layers(self, h_sbh: Tensor, rotary: Tensor, slots: list[CacheSlot] | None = None, loop: int = 0) -> Tensor:
         """One visit of this rank's layers: [s, b, h] -> [s, b, h], with the final norm on the last pipeline rank.
 
+        `loop` counts from 0; with `recompute_loops` = k loops k and later keep their activations.
         `slots`, one a layer of this rank, are the cache entries of the current loop when decoding.
         """
+        self._choose_recomputation(loop)
         if slots is None:
             return self.decoder(hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary)
         holders = [layer.self_attention.core_attention.holder for layer in self.decoder.layers]
@@ -131,6 +149,14 @@ class LoopLM(MegatronModule):
         finally:
             for holder in holders:
                 holder.slot = None
+
+    def _choose_recomputation(self, loop: int) -> None:
+        mode = self._recompute
+        if self._recompute_loops is not None and loop >= self._recompute_loops:
+            mode = "none"
+        self.decoder.config.recompute_granularity = "full" if mode == "full" else None
+        for layer in self.decoder.layers:
+            layer.recompute_cheap = mode == "selective"
 
     def gate_logits(self, h_sbh: Tensor) -> Tensor:
         """Gate logits [s, b], fp32 or wider, of all tokens on every tensor-parallel rank. Last pipeline rank only."""
@@ -151,7 +177,7 @@ class LoopLM(MegatronModule):
 
     def named_global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under layout-independent names: layers are numbered over the whole pipeline."""
-        offset = self.context.pipeline_rank * len(self.decoder.layers)
+        offset = sum(self._layers_by_rank[: self.context.pipeline_rank])
         for name, parameter in self.named_parameters():
             if name.startswith("decoder.layers."):
                 _, _, index, rest = name.split(".", 3)

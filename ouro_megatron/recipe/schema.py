@@ -15,6 +15,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Recompute = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):
@@ -146,6 +147,8 @@ class ParallelSection(Section):
     pipeline: PositiveInt = 1
     sequence: bool = False
     """Sequence parallelism inside the tensor-parallel group."""
+    layers: list[PositiveInt] | None = None
+    """Layers of each pipeline rank, in order; when absent, balanced by FLOPs with the loss heads on the last rank."""
     data: PositiveInt | None = None
     """Data-parallel size; from the number of ranks when absent, checked against it when given."""
     timeout_seconds: PositiveFloat = 600.0
@@ -159,8 +162,11 @@ class PrecisionSection(Section):
 
 class TrainingSection(Section):
     seed: int = 1234
-    recompute: Literal["none", "full"] = "none"
-    """`full`: every layer's activations are recomputed in backward."""
+    recompute: Recompute = "none"
+    """`selective`: results of norms and SwiGLU are made again in backward, about a fifth of the activations at almost
+    no cost. `full`: only each layer's input is kept, a third more work."""
+    recompute_loops: PositiveInt | None = None
+    """Recompute in loops 1 to this one only; in all loops when absent."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     early_loops: list[EarlyLoops] = []
     """Loops used before `model.loops`, in order: T changes between steps once `until` is reached."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from ouro_megatron.errors import RecipeError
+from ouro_megatron.recipe.layers import balanced_layers
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import ModelSection, Recipe
 from ouro_megatron.recipe.spans import Span
@@ -59,9 +60,17 @@ def _layout(recipe: Recipe, world_size: int | None) -> Iterator[str]:
         if value % tensor:
             fits = [size for size in range(1, tensor + 1) if value % size == 0]
             yield f"{field}={value} is not a multiple of parallel.tensor={tensor}; {fits[-1]} would fit"
-    if model.layers % pipeline:
-        fits = [size for size in range(1, model.layers + 1) if model.layers % size == 0]
-        yield f"model.layers={model.layers} do not divide over parallel.pipeline={pipeline}; sizes that fit: {fits}"
+    if model.layers < pipeline:
+        yield (
+            f"model.layers={model.layers} are fewer than parallel.pipeline={pipeline}: every pipeline rank holds one "
+            f"layer at least; {model.layers} or less would fit"
+        )
+    elif parallel.layers is not None and (len(parallel.layers) != pipeline or sum(parallel.layers) != model.layers):
+        yield (
+            f"parallel.layers={parallel.layers} names {len(parallel.layers)} ranks with {sum(parallel.layers)} layers; "
+            f"it needs parallel.pipeline={pipeline} numbers that add up to model.layers={model.layers}, for example "
+            f"{balanced_layers(model, pipeline, recipe.data.sequence_length)}"
+        )
     if parallel.sequence and tensor == 1:
         yield "parallel.sequence=true splits activations over tensor-parallel ranks: it needs parallel.tensor > 1"
     if model.implementation == "transformer_engine" and recipe.training.device == "cpu":
@@ -103,6 +112,12 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
 
 
 def _objective(recipe: Recipe) -> Iterator[str]:
+    training = recipe.training
+    if training.recompute_loops is not None:
+        if training.recompute == "none":
+            yield "training.recompute_loops chooses loops for training.recompute, which is none; use selective or full"
+        elif training.recompute_loops > recipe.model.loops:
+            yield f"training.recompute_loops={training.recompute_loops} is more than model.loops={recipe.model.loops}"
     if recipe.objective.kind == "gate":
         if recipe.model.loops < 2:
             yield "objective.kind=gate compares loops: model.loops must be at least 2"

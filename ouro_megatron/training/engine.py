@@ -233,7 +233,7 @@ class _LoopedForward:
             self._rotary = self._lm.rotary(torch.arange(batch.tokens_bs.shape[1], device=context.device))
         for loop in view.loops:
             position.loop = loop + 1
-            h_sbh = self._lm.run_layers(h_sbh, self._rotary)
+            h_sbh = self._lm.run_layers(h_sbh, self._rotary, loop=loop)
             if context.is_last_stage:
                 h_sbh = self._add_loss(index, batch, h_sbh, leaves=loop == view.loops[-1] and loop + 1 < self._loops)
         if not context.is_last_stage or view.loops[-1] + 1 < self._loops:

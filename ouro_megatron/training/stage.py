@@ -25,6 +25,7 @@ from ouro_megatron.model.looplm import LoopLM, initialise
 from ouro_megatron.parallel.context import ParallelContext, context_for
 from ouro_megatron.parallel.position import Position
 from ouro_megatron.planning.flops import flops_per_token, parameter_counts, peak_flops
+from ouro_megatron.recipe.layers import balanced_layers
 from ouro_megatron.recipe.load import dump_recipe
 from ouro_megatron.recipe.schedule import BatchPlan, LoopPlan
 from ouro_megatron.recipe.schema import BlendEntry, Recipe
@@ -69,7 +70,15 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
         samples = plan.at(0).samples * recipe.evaluation.batches
         held_out = _reader(recipe, context, _dataset(recipe, tokenizer, "validation", recipe.data.validation, samples))
     dtype = torch.bfloat16 if recipe.precision.compute == "bf16" else torch.float32
-    lm = LoopLM(recipe.model, context, dtype=dtype, recompute=recipe.training.recompute)
+    layers = recipe.parallel.layers or balanced_layers(recipe.model, context.pipeline_size, recipe.data.sequence_length)
+    lm = LoopLM(
+        recipe.model,
+        context,
+        dtype=dtype,
+        recompute=recipe.training.recompute,
+        recompute_loops=recipe.training.recompute_loops,
+        layers_by_rank=layers,
+    )
     if start.folder is None:
         initialise(lm, recipe.training.seed)
     loops = LoopPlan(recipe, plan).at(0)

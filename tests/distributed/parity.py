@@ -9,7 +9,7 @@ from torch import Tensor
 from ouro_megatron.model.layout import take_shard
 from ouro_megatron.model.looplm import LoopLM
 from ouro_megatron.parallel.context import ParallelContext, create_context
-from ouro_megatron.recipe.schema import ModelSection, ObjectiveSection, OptimizerSection, ParallelSection
+from ouro_megatron.recipe.schema import ModelSection, ObjectiveSection, OptimizerSection, ParallelSection, Recompute
 from ouro_megatron.training.engine import Engine, Microbatch
 from tests.reference.looplm import ReferenceAdamW, ReferenceLoopLM, ReferenceObjective, reference_loss
 from tests.reference.mapping import reference_config, to_megatron
@@ -26,10 +26,13 @@ class Layout:
     microbatches: int = 2
     """A data-parallel rank's share of the global batch."""
     sequence_parallel: bool = False
-    recompute: str = "none"
+    recompute: Recompute = "none"
+    recompute_loops: int | None = None
     kind: Literal["expected_loss", "gate"] = "expected_loss"
     prior: Literal["uniform", "geometric"] = "uniform"
     kv_heads: int = 4
+    layers: tuple[int, ...] | None = None
+    """Layers of each pipeline rank; balanced when None."""
 
     @property
     def ranks(self) -> int:
@@ -40,10 +43,11 @@ class Layout:
             word
             for word, on in (
                 ("sp", self.sequence_parallel),
-                ("recompute", self.recompute == "full"),
+                (f"recompute-{self.recompute}-{self.recompute_loops or 'all'}", self.recompute != "none"),
                 (self.kind, self.kind != "expected_loss"),
                 (self.prior, self.prior != "uniform"),
                 (f"kv{self.kv_heads}", self.kv_heads != 4),
+                (f"layers{self.layers}", self.layers is not None),
             )
             if on
         ]
@@ -122,12 +126,18 @@ def compare_all(layouts: list[Layout]) -> list[Differences]:
 
 
 def _compare(layout: Layout, context: ParallelContext) -> Differences:
-    model = model_section(layout)
+    model = model_section(layout, sum(layout.layers or (4,)))
     config = reference_config(model)
     reference = ReferenceLoopLM(config)
     fill_reference(reference)
     whole = batch(layout.microbatches * layout.data * MICROBATCH)
-    lm = LoopLM(model, context, recompute=layout.recompute)
+    lm = LoopLM(
+        model,
+        context,
+        recompute=layout.recompute,
+        recompute_loops=layout.recompute_loops,
+        layers_by_rank=layout.layers,
+    )
     load(lm, to_megatron(dict(reference.state_dict()), config))
     objective = ObjectiveSection(kind=layout.kind, prior=layout.prior, eta=0.3, chunk_tokens=7)
     engine = Engine(lm, context, objective, OptimizerSection(lr=1e-3, eps=1e-4), loops=layout.loops)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import pytest
 
+from ouro_megatron.recipe.schema import Recompute
 from tests.distributed.parity import Differences, Layout, compare, compare_all
 from tests.distributed.ranks import run_ranks
 
@@ -30,6 +31,7 @@ def check(layout: Layout, results: list[Differences]) -> None:
 
 
 OBJECTIVES: tuple[Literal["expected_loss", "gate"], ...] = ("expected_loss", "gate")
+RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
 SIZES = [(t, p, d) for t, p, d in itertools.product((1, 2), (1, 2, 4), (1, 2)) if t * p * d <= 4]
 
 
@@ -39,7 +41,7 @@ def test_matrix(tensor: int, pipeline: int, data: int) -> None:
     base = Layout(tensor=tensor, pipeline=pipeline, data=data)
     layouts = [
         replace(base, loops=loops, microbatches=rounds * pipeline, recompute=recompute, kind=kind)
-        for loops, rounds, recompute, kind in itertools.product((1, 2, 4), (1, 2), ("none", "full"), OBJECTIVES)
+        for loops, rounds, recompute, kind in itertools.product((1, 2, 4), (1, 2), RECOMPUTE, OBJECTIVES)
         if not (kind == "gate" and loops == 1)
     ]
     for layout, results in zip(layouts, zip(*run_ranks(compare_all, base.ranks, layouts), strict=True), strict=True):
@@ -61,6 +63,14 @@ OTHERS = [
     Layout(tensor=2, data=2, loops=2, sequence_parallel=True),
     Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True),
     Layout(tensor=2, pipeline=4, loops=4, microbatches=8),
+    Layout(recompute="selective"),
+    Layout(recompute="full", recompute_loops=2),
+    Layout(tensor=2, sequence_parallel=True, recompute="selective", recompute_loops=3),
+    Layout(pipeline=2, data=2, recompute="full", recompute_loops=1, microbatches=4),
+    Layout(tensor=2, pipeline=2, recompute="selective", microbatches=4),
+    Layout(pipeline=2, layers=(3, 1), microbatches=4),
+    Layout(pipeline=4, layers=(1, 3, 2, 1), loops=2, microbatches=4),
+    Layout(tensor=2, pipeline=2, layers=(2, 3), sequence_parallel=True, recompute="full"),
 ]
 
 

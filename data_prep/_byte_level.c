@@ -1,0 +1,655 @@
+/* Byte-level BPE as the `tokenizers` library does it, for the GPT-2 splitter with or without isolated digits.
+ *
+ * A text is cut into words by the rules of
+ *     's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+ * inside the pieces that isolated digits leave; each word goes through a cache of words seen before, and on a miss
+ * through the merges. All memory but the buffers of the text at hand is of fixed size. Nothing here knows Unicode:
+ * the class of each character comes from Python (data_prep/character_classes.py).
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { OTHER = 0, LETTER = 1, NUMBER = 2, SPACE = 3, DIGIT = 4 };
+
+#define CHARACTERS 0x110000
+#define NO_RANK UINT32_MAX
+#define SHORT_WORD 15   /* bytes of a word that fits into a cache key */
+#define LONG_WORD 512   /* longer words are not kept: they hardly ever come again */
+#define SCAN_SYMBOLS 48 /* up to here a linear search for the best merge beats a heap */
+#define INLINE_IDS 3
+#define ARENA_IDS (1u << 20) /* uint32 in each arena */
+#define LONG_BITS 14
+#define KEPT_SCRATCH (1u << 22) /* bytes of scratch that outlive the text they were needed for */
+
+typedef struct {
+    uint64_t key[2]; /* the word's bytes, zero-filled; the last byte is its length, 0 for an empty slot */
+    uint32_t count;
+    uint32_t ids[INLINE_IDS]; /* count <= INLINE_IDS: the ids; else ids[0] is their place in short_arena */
+} ShortSlot;
+
+typedef struct {
+    uint64_t hash;
+    uint32_t word, ids; /* places in long_arena */
+    uint32_t length;    /* bytes of the word, 0 for an empty slot */
+    uint32_t count;
+} LongSlot;
+
+typedef struct {
+    uint64_t pair; /* left id << 32 | right id */
+    uint32_t rank; /* NO_RANK for an empty slot */
+    uint32_t merged;
+} MergeSlot;
+
+typedef struct {
+    PyObject_HEAD
+    uint8_t *classes;         /* [CHARACTERS] */
+    uint32_t byte_ids[256];
+    uint32_t *byte_ranks;     /* [256 * 256], rank of the merge of two single bytes */
+    uint8_t *may_cross;       /* [256 * 256], 1 when a merge joins a token that ends in the first byte and one that
+                                 begins with the second */
+    MergeSlot *merges;
+    uint64_t merge_mask;
+    uint32_t *merged_of_rank;
+    ShortSlot *short_words;   /* buckets of two */
+    unsigned short_shift;
+    size_t short_buckets;
+    LongSlot *long_words;
+    uint32_t *short_arena;    /* thrown away as a whole, with the slots that point into it, when full */
+    uint32_t *long_arena;
+    uint32_t short_used, long_used;
+    uint32_t *out;
+    size_t out_used, out_size;
+    uint32_t *symbols, *next, *prev; /* scratch of `merge_long` */
+    uint64_t *heap;
+    size_t scratch_size;
+} Encoder;
+
+/* ---- merges ---- */
+
+static inline uint64_t mix(uint64_t a, uint64_t b)
+{
+    unsigned __int128 product = (unsigned __int128)(a ^ 0x9E3779B97F4A7C15ull) * (b ^ 0xD6E8FEB86659FD93ull);
+    return (uint64_t)product ^ (uint64_t)(product >> 64);
+}
+
+static inline const MergeSlot *find_merge(const Encoder *self, uint32_t left, uint32_t right)
+{
+    uint64_t pair = (uint64_t)left << 32 | right;
+    uint64_t at = (pair * 0x9E3779B97F4A7C15ull) >> 20;
+    for (;; at++) {
+        const MergeSlot *slot = &self->merges[at & self->merge_mask];
+        if (slot->pair == pair || slot->rank == NO_RANK)
+            return slot;
+    }
+}
+
+static inline uint32_t rank_of(const Encoder *self, uint32_t left, uint32_t right)
+{
+    return find_merge(self, left, right)->rank;
+}
+
+/* The merge of the lowest rank first, the leftmost among equals, one at a time. */
+static size_t merge_short(const Encoder *self, const uint8_t *word, size_t length, uint32_t *ids)
+{
+    uint32_t ranks[SCAN_SYMBOLS];
+    size_t count = length;
+    for (size_t i = 0; i < length; i++)
+        ids[i] = self->byte_ids[word[i]];
+    for (size_t i = 0; i + 1 < length; i++)
+        ranks[i] = self->byte_ranks[(size_t)word[i] << 8 | word[i + 1]];
+    while (count > 1) {
+        uint32_t best = NO_RANK;
+        size_t at = 0;
+        for (size_t i = 0; i + 1 < count; i++)
+            if (ranks[i] < best) {
+                best = ranks[i];
+                at = i;
+            }
+        if (best == NO_RANK)
+            break;
+        ids[at] = self->merged_of_rank[best];
+        count--;
+        for (size_t i = at + 1; i < count; i++) {
+            ids[i] = ids[i + 1];
+            ranks[i - 1] = ranks[i];
+        }
+        if (at + 1 < count)
+            ranks[at] = rank_of(self, ids[at], ids[at + 1]);
+        if (at > 0)
+            ranks[at - 1] = rank_of(self, ids[at - 1], ids[at]);
+    }
+    return count;
+}
+
+static void sift_up(uint64_t *heap, size_t at)
+{
+    uint64_t value = heap[at];
+    while (at > 0) {
+        size_t parent = (at - 1) / 4;
+        if (heap[parent] <= value)
+            break;
+        heap[at] = heap[parent];
+        at = parent;
+    }
+    heap[at] = value;
+}
+
+static void sift_down(uint64_t *heap, size_t size, size_t at)
+{
+    uint64_t value = heap[at];
+    for (;;) {
+        size_t first = at * 4 + 1;
+        if (first >= size)
+            break;
+        size_t last = first + 4 < size ? first + 4 : size, least = first;
+        for (size_t child = first + 1; child < last; child++)
+            if (heap[child] < heap[least])
+                least = child;
+        if (heap[least] >= value)
+            break;
+        heap[at] = heap[least];
+        at = least;
+    }
+    heap[at] = value;
+}
+
+static void free_scratch(Encoder *self)
+{
+    free(self->symbols);
+    free(self->next);
+    free(self->prev);
+    free(self->heap);
+    self->symbols = self->next = self->prev = NULL;
+    self->heap = NULL;
+    self->scratch_size = 0;
+}
+
+static int reserve_scratch(Encoder *self, size_t length)
+{
+    if (length <= self->scratch_size)
+        return 0;
+    free_scratch(self);
+    size_t size = length < 4096 ? 4096 : length;
+    self->symbols = malloc(size * sizeof(uint32_t));
+    self->next = malloc(size * sizeof(uint32_t));
+    self->prev = malloc(size * sizeof(uint32_t));
+    self->heap = malloc(3 * size * sizeof(uint64_t)); /* one entry a pair, two more a merge */
+    if (!self->symbols || !self->next || !self->prev || !self->heap) {
+        free_scratch(self);
+        PyErr_NoMemory();
+        return -1;
+    }
+    self->scratch_size = size;
+    return 0;
+}
+
+/* `merge_short` for words of any length, in O(n log n). Entries of the heap are rank << 32 | position; an entry is
+ * stale when the pair at its position has another rank by now. Returns -1 with an exception when memory is short. */
+static Py_ssize_t merge_long(Encoder *self, const uint8_t *word, size_t length, uint32_t *ids)
+{
+    const uint32_t end = UINT32_MAX;
+    if (length >= end) {
+        PyErr_SetString(PyExc_ValueError, "a word of 4 GiB or more");
+        return -1;
+    }
+    if (reserve_scratch(self, length) < 0)
+        return -1;
+    uint32_t *symbols = self->symbols, *next = self->next, *prev = self->prev;
+    uint64_t *heap = self->heap;
+    size_t size = 0;
+    for (size_t i = 0; i < length; i++) {
+        symbols[i] = self->byte_ids[word[i]];
+        next[i] = i + 1 < length ? (uint32_t)i + 1 : end;
+        prev[i] = i > 0 ? (uint32_t)i - 1 : end;
+        uint32_t rank = i + 1 < length ? self->byte_ranks[(size_t)word[i] << 8 | word[i + 1]] : NO_RANK;
+        if (rank != NO_RANK)
+            heap[size++] = (uint64_t)rank << 32 | i;
+    }
+    for (size_t i = size / 4 + 1; i-- > 0;)
+        if (i < size)
+            sift_down(heap, size, i);
+    while (size > 0) {
+        uint32_t rank = (uint32_t)(heap[0] >> 32), at = (uint32_t)heap[0];
+        heap[0] = heap[--size];
+        if (size > 0)
+            sift_down(heap, size, 0);
+        uint32_t right = next[at];
+        /* A symbol that was merged into its left neighbour points to itself. */
+        if (right == end || right == at || rank_of(self, symbols[at], symbols[right]) != rank)
+            continue;
+        symbols[at] = self->merged_of_rank[rank];
+        uint32_t after = next[right], before = prev[at];
+        next[right] = right;
+        next[at] = after;
+        if (after != end) {
+            prev[after] = at;
+            uint32_t found = rank_of(self, symbols[at], symbols[after]);
+            if (found != NO_RANK) {
+                heap[size++] = (uint64_t)found << 32 | at;
+                sift_up(heap, size - 1);
+            }
+        }
+        if (before != end) {
+            uint32_t found = rank_of(self, symbols[before], symbols[at]);
+            if (found != NO_RANK) {
+                heap[size++] = (uint64_t)found << 32 | before;
+                sift_up(heap, size - 1);
+            }
+        }
+    }
+    size_t count = 0;
+    for (uint32_t at = 0; at != end; at = next[at])
+        ids[count++] = symbols[at];
+    if (self->scratch_size * (3 * sizeof(uint32_t) + 3 * sizeof(uint64_t)) > KEPT_SCRATCH)
+        free_scratch(self);
+    return (Py_ssize_t)count;
+}
+
+/* ---- words: cache, then merges ---- */
+
+/* Place of `count` uint32 in the arena of the short or the long words, which are forgotten when it is full. */
+static uint32_t take_short(Encoder *self, uint32_t count)
+{
+    if (self->short_used + count > ARENA_IDS) {
+        memset(self->short_words, 0, self->short_buckets * 2 * sizeof(ShortSlot));
+        self->short_used = 0;
+    }
+    self->short_used += count;
+    return self->short_used - count;
+}
+
+static uint32_t take_long(Encoder *self, uint32_t count)
+{
+    if (self->long_used + count > ARENA_IDS) {
+        memset(self->long_words, 0, sizeof(LongSlot) << LONG_BITS);
+        self->long_used = 0;
+    }
+    self->long_used += count;
+    return self->long_used - count;
+}
+
+static int encode_short(Encoder *self, const uint8_t *word, size_t length, const uint8_t *end)
+{
+    static const uint64_t masks[9] = {
+        0, 0xFF, 0xFFFF, 0xFFFFFF, 0xFFFFFFFF, 0xFFFFFFFFFF, 0xFFFFFFFFFFFF, 0xFFFFFFFFFFFFFF, UINT64_MAX,
+    };
+    uint64_t key[2] = {0, 0};
+    if (end - word >= 16) { /* inside the text: read past the word and mask */
+        memcpy(key, word, 16);
+        key[0] &= masks[length < 8 ? length : 8];
+        key[1] &= masks[length > 8 ? length - 8 : 0];
+    } else {
+        memcpy(key, word, length);
+    }
+    key[1] |= (uint64_t)length << 56;
+    ShortSlot *bucket = &self->short_words[(mix(key[0], key[1]) >> self->short_shift) * 2];
+    uint32_t *out = self->out + self->out_used;
+    for (int way = 0; way < 2; way++) {
+        const ShortSlot *slot = &bucket[way];
+        if (slot->key[0] == key[0] && slot->key[1] == key[1]) {
+            if (slot->count <= INLINE_IDS)
+                memcpy(out, slot->ids, sizeof(slot->ids)); /* the buffer has room for ids that do not count */
+            else
+                memcpy(out, self->short_arena + slot->ids[0], slot->count * sizeof(uint32_t));
+            self->out_used += slot->count;
+            return 0;
+        }
+    }
+    size_t count = merge_short(self, word, length, out);
+    ShortSlot fresh = {{key[0], key[1]}, (uint32_t)count, {0, 0, 0}};
+    if (count <= INLINE_IDS) {
+        memcpy(fresh.ids, out, count * sizeof(uint32_t));
+    } else {
+        fresh.ids[0] = take_short(self, (uint32_t)count);
+        memcpy(self->short_arena + fresh.ids[0], out, count * sizeof(uint32_t));
+    }
+    bucket[1] = bucket[0];
+    bucket[0] = fresh;
+    self->out_used += count;
+    return 0;
+}
+
+static uint64_t hash_bytes(const uint8_t *word, size_t length)
+{
+    uint64_t hash = length, tail[2];
+    size_t i = 0;
+    for (; i + 16 < length; i += 16) {
+        memcpy(tail, word + i, 16);
+        hash = mix(tail[0] ^ hash, tail[1]);
+    }
+    memcpy(tail, word + length - 16, 16);
+    return mix(tail[0] ^ hash, tail[1]);
+}
+
+static int encode_long(Encoder *self, const uint8_t *word, size_t length)
+{
+    uint32_t *out = self->out + self->out_used;
+    if (length > LONG_WORD) {
+        Py_ssize_t count = merge_long(self, word, length, out);
+        if (count < 0)
+            return -1;
+        self->out_used += (size_t)count;
+        return 0;
+    }
+    uint64_t hash = hash_bytes(word, length);
+    LongSlot *slot = &self->long_words[hash >> (64 - LONG_BITS)];
+    if (slot->length == length && slot->hash == hash && memcmp(self->long_arena + slot->word, word, length) == 0) {
+        memcpy(out, self->long_arena + slot->ids, slot->count * sizeof(uint32_t));
+        self->out_used += slot->count;
+        return 0;
+    }
+    Py_ssize_t count;
+    if (length <= SCAN_SYMBOLS)
+        count = (Py_ssize_t)merge_short(self, word, length, out);
+    else if ((count = merge_long(self, word, length, out)) < 0)
+        return -1;
+    uint32_t words = (uint32_t)((length + 3) / 4);
+    uint32_t place = take_long(self, words + (uint32_t)count);
+    memcpy(self->long_arena + place, word, length);
+    memcpy(self->long_arena + place + words, out, (size_t)count * sizeof(uint32_t));
+    *slot = (LongSlot){hash, place, place + words, (uint32_t)length, (uint32_t)count};
+    self->out_used += (size_t)count;
+    return 0;
+}
+
+static int encode_part(Encoder *self, const uint8_t *word, size_t length, const uint8_t *end)
+{
+    if (length == 1) {
+        self->out[self->out_used++] = self->byte_ids[*word];
+        return 0;
+    }
+    return length <= SHORT_WORD ? encode_short(self, word, length, end) : encode_long(self, word, length);
+}
+
+/* One word; `end` is the end of the text. A word is cut where no merge can ever join what is left and right of the
+ * cut, which changes nothing but turns long words, such as sentences without spaces, into short ones. */
+static int encode_word(Encoder *self, const uint8_t *word, size_t length, const uint8_t *end)
+{
+    if (length <= SHORT_WORD && word[length - 1] < 0x80)
+        return encode_part(self, word, length, end);
+    size_t start = 0;
+    for (size_t i = 1; i < length; i++)
+        if (!self->may_cross[(size_t)word[i - 1] << 8 | word[i]]) {
+            if (encode_part(self, word + start, i - start, end) < 0)
+                return -1;
+            start = i;
+        }
+    return encode_part(self, word + start, length - start, end);
+}
+
+/* ---- splitting a text into words ---- */
+
+/* Class of the character at `p`, and its bytes. The text is valid UTF-8. */
+static inline unsigned class_at(const Encoder *self, const uint8_t *p, size_t *bytes)
+{
+    uint32_t c = *p;
+    if (c < 0x80) {
+        *bytes = 1;
+    } else if (c < 0xE0) {
+        c = (c & 0x1F) << 6 | (p[1] & 0x3F);
+        *bytes = 2;
+    } else if (c < 0xF0) {
+        c = (c & 0x0F) << 12 | (uint32_t)(p[1] & 0x3F) << 6 | (p[2] & 0x3F);
+        *bytes = 3;
+    } else {
+        c = (c & 0x07) << 18 | (uint32_t)(p[1] & 0x3F) << 12 | (uint32_t)(p[2] & 0x3F) << 6 | (p[3] & 0x3F);
+        *bytes = 4;
+    }
+    return self->classes[c];
+}
+
+static inline const uint8_t *skip_class(const Encoder *self, const uint8_t *p, const uint8_t *end, unsigned class)
+{
+    size_t bytes;
+    while (p < end && class_at(self, p, &bytes) == class)
+        p += bytes;
+    return p;
+}
+
+/* Bytes of a contraction after an apostrophe at `p`, or 0. */
+static inline size_t contraction(const uint8_t *p, const uint8_t *end)
+{
+    if (end - p >= 2) {
+        uint8_t a = p[1];
+        if (a == 's' || a == 't' || a == 'm' || a == 'd')
+            return 2;
+        if (end - p >= 3) {
+            uint8_t b = p[2];
+            if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l'))
+                return 3;
+        }
+    }
+    return 0;
+}
+
+static int encode_text(Encoder *self, const uint8_t *p, size_t length)
+{
+    const uint8_t *end = p + length;
+    while (p < end) {
+        size_t bytes, following;
+        unsigned class = class_at(self, p, &bytes);
+        const uint8_t *q = p + bytes;
+        if (*p == ' ' && q < end) {
+            class = class_at(self, q, &following);
+            if (class == SPACE || class == DIGIT)
+                class = SPACE;
+            else
+                q = skip_class(self, q + following, end, class);
+        } else if (*p == '\'' && (following = contraction(p, end)) != 0) {
+            q = p + following;
+        } else if (class != SPACE && class != DIGIT) {
+            q = skip_class(self, q, end, class);
+        }
+        if (class == SPACE) {
+            const uint8_t *last = p; /* the last space of the run */
+            unsigned after = SPACE;
+            while (q < end && (after = class_at(self, q, &following)) == SPACE) {
+                last = q;
+                q += following;
+            }
+            /* The last space of a run goes to the word that follows, if one does in this piece. */
+            if (q < end && after != DIGIT && last > p)
+                q = last;
+        }
+        if (encode_word(self, p, (size_t)(q - p), end) < 0)
+            return -1;
+        p = q;
+    }
+    return 0;
+}
+
+/* ---- the Python type ---- */
+
+static int reserve_out(Encoder *self, size_t more)
+{
+    size_t needed = self->out_used + more + INLINE_IDS;
+    if (needed <= self->out_size)
+        return 0;
+    size_t size = self->out_size * 2 > needed ? self->out_size * 2 : needed;
+    uint32_t *grown = realloc(self->out, size * sizeof(uint32_t));
+    if (!grown) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    self->out = grown;
+    self->out_size = size;
+    return 0;
+}
+
+PyDoc_STRVAR(encode_batch_doc,
+"encode_batch(texts: list[str]) -> tuple[bytearray, bytearray]\n\n"
+"uint32 ids of all texts, one after the other, and int64 numbers of ids of each text.\n"
+"Raises UnicodeEncodeError for a text with a lone surrogate.");
+
+static PyObject *Encoder_encode_batch(Encoder *self, PyObject *texts)
+{
+    if (!PyList_Check(texts)) {
+        PyErr_SetString(PyExc_TypeError, "texts must be a list");
+        return NULL;
+    }
+    Py_ssize_t count = PyList_GET_SIZE(texts);
+    PyObject *ids = NULL, *lengths = PyByteArray_FromStringAndSize(NULL, count * (Py_ssize_t)sizeof(int64_t));
+    if (!lengths)
+        return NULL;
+    self->out_used = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        Py_ssize_t length;
+        const char *text = PyUnicode_AsUTF8AndSize(PyList_GET_ITEM(texts, i), &length);
+        size_t before = self->out_used;
+        /* No text has more ids than bytes. */
+        if (!text || reserve_out(self, (size_t)length) < 0 ||
+            encode_text(self, (const uint8_t *)text, (size_t)length) < 0)
+            goto done;
+        int64_t number = (int64_t)(self->out_used - before);
+        memcpy(PyByteArray_AS_STRING(lengths) + i * (Py_ssize_t)sizeof number, &number, sizeof number);
+    }
+    ids = PyByteArray_FromStringAndSize((const char *)self->out, (Py_ssize_t)(self->out_used * sizeof(uint32_t)));
+done:
+    if (self->out_size * sizeof(uint32_t) > KEPT_SCRATCH) {
+        free(self->out);
+        self->out = NULL;
+        self->out_size = 0;
+    }
+    if (!ids) {
+        Py_DECREF(lengths);
+        return NULL;
+    }
+    return Py_BuildValue("(NN)", ids, lengths);
+}
+
+static int add_merges(Encoder *self, const uint32_t *merges, const uint8_t *edges, size_t count)
+{
+    size_t slots = 1024;
+    while (slots < count * 3)
+        slots *= 2;
+    self->merges = malloc(slots * sizeof(MergeSlot));
+    self->merged_of_rank = malloc((count + 1) * sizeof(uint32_t));
+    self->byte_ranks = malloc(65536 * sizeof(uint32_t));
+    self->may_cross = calloc(65536, 1);
+    if (!self->merges || !self->merged_of_rank || !self->byte_ranks || !self->may_cross)
+        return -1;
+    self->merge_mask = slots - 1;
+    for (size_t i = 0; i < slots; i++)
+        self->merges[i] = (MergeSlot){UINT64_MAX, NO_RANK, 0};
+    for (size_t rank = 0; rank < count; rank++) {
+        const uint32_t *merge = merges + rank * 3;
+        MergeSlot *slot = (MergeSlot *)find_merge(self, merge[0], merge[1]);
+        *slot = (MergeSlot){(uint64_t)merge[0] << 32 | merge[1], (uint32_t)rank, merge[2]};
+        self->merged_of_rank[rank] = merge[2];
+        self->may_cross[(size_t)edges[rank * 2] << 8 | edges[rank * 2 + 1]] = 1;
+    }
+    for (size_t left = 0; left < 256; left++)
+        for (size_t right = 0; right < 256; right++)
+            self->byte_ranks[left << 8 | right] = rank_of(self, self->byte_ids[left], self->byte_ids[right]);
+    return 0;
+}
+
+PyDoc_STRVAR(Encoder_doc,
+"Encoder(classes: bytes, byte_ids: bytes, merges: bytes, edges: bytes, cache_bits: int)\n\n"
+"classes: uint8[0x110000], a code of this module for each character. byte_ids: uint32[256], id of each byte.\n"
+"merges: uint32[merges, 3], left, right and merged id in order of rank. edges: uint8[merges, 2], the last byte of each\n"
+"left and the first byte of each right token. cache_bits: logarithm of the buckets (64 bytes each) for short words.");
+
+static PyObject *Encoder_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"classes", "byte_ids", "merges", "edges", "cache_bits", NULL};
+    const char *classes, *byte_ids, *merges, *edges;
+    Py_ssize_t classes_size, byte_ids_size, merges_size, edges_size;
+    int cache_bits;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y#y#y#y#i", names, &classes, &classes_size, &byte_ids,
+                                     &byte_ids_size, &merges, &merges_size, &edges, &edges_size, &cache_bits))
+        return NULL;
+    Py_ssize_t count = merges_size / 12;
+    if (classes_size != CHARACTERS || byte_ids_size != 1024 || merges_size != count * 12 || edges_size != count * 2 ||
+        cache_bits < 4 || cache_bits > 24 || (size_t)count >= NO_RANK) {
+        PyErr_SetString(PyExc_ValueError, "a table of the wrong size");
+        return NULL;
+    }
+    Encoder *self = (Encoder *)type->tp_alloc(type, 0); /* zero-filled */
+    if (!self)
+        return NULL;
+    memcpy(self->byte_ids, byte_ids, 1024);
+    self->short_buckets = (size_t)1 << cache_bits;
+    self->short_shift = 64 - (unsigned)cache_bits;
+    self->classes = malloc(CHARACTERS);
+    self->short_words = calloc(self->short_buckets * 2, sizeof(ShortSlot));
+    self->long_words = calloc((size_t)1 << LONG_BITS, sizeof(LongSlot));
+    self->short_arena = malloc(ARENA_IDS * sizeof(uint32_t));
+    self->long_arena = malloc(ARENA_IDS * sizeof(uint32_t));
+    uint32_t *aligned = malloc((size_t)merges_size + 1);
+    int failed = !self->classes || !self->short_words || !self->long_words || !self->short_arena || !self->long_arena || !aligned;
+    if (!failed) {
+        memcpy(self->classes, classes, CHARACTERS);
+        memcpy(aligned, merges, (size_t)merges_size);
+        failed = add_merges(self, aligned, (const uint8_t *)edges, (size_t)count) < 0;
+    }
+    free(aligned);
+    if (failed) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)self;
+}
+
+static void Encoder_dealloc(Encoder *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    free(self->classes);
+    free(self->byte_ranks);
+    free(self->may_cross);
+    free(self->merges);
+    free(self->merged_of_rank);
+    free(self->short_words);
+    free(self->long_words);
+    free(self->short_arena);
+    free(self->long_arena);
+    free(self->out);
+    free_scratch(self);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef Encoder_methods[] = {
+    {"encode_batch", (PyCFunction)Encoder_encode_batch, METH_O, encode_batch_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot Encoder_slots[] = {
+    {Py_tp_doc, (void *)Encoder_doc},
+    {Py_tp_new, Encoder_new},
+    {Py_tp_dealloc, Encoder_dealloc},
+    {Py_tp_methods, Encoder_methods},
+    {0, NULL},
+};
+
+static PyType_Spec Encoder_spec = {"data_prep._byte_level.Encoder", sizeof(Encoder), 0, Py_TPFLAGS_DEFAULT,
+                                   Encoder_slots};
+
+static int module_exec(PyObject *module)
+{
+    PyObject *type = PyType_FromModuleAndSpec(module, &Encoder_spec, NULL);
+    if (!type || PyModule_AddObjectRef(module, "Encoder", type) < 0) {
+        Py_XDECREF(type);
+        return -1;
+    }
+    Py_DECREF(type);
+    return 0;
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, module_exec},
+    {0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_byte_level", "Byte-level BPE; see data_prep/byte_level.py.", 0, NULL, module_slots,
+    NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__byte_level(void)
+{
+    return PyModuleDef_Init(&module);
+}

@@ -1,0 +1,264 @@
+"""Files by path or fsspec URL: found in an order that never changes, opened for reading, read again after a hiccup."""
+
+import io
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from data_prep.sources.base import Unit
+from ouro_megatron.errors import DataError
+
+_TRIES = 5
+_FIRST_WAIT = 1.0
+"""Seconds before the second try; doubled for each further one."""
+_REMOTE_BUFFER = 1 << 20
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class File:
+    path: str
+    size: int
+    """Bytes on disk."""
+    stamp: str
+    """Changes when the file is written again."""
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+    @property
+    def folder(self) -> str:
+        return self.path.rpartition("/")[0]
+
+    def unit(self, start: int = 0, stop: int | None = None, size: int | None = None) -> Unit:
+        return Unit(self.path, self.size if size is None else size, start, stop, self.stamp)
+
+
+def is_url(path: str) -> bool:
+    return "://" in path or "::" in path
+
+
+def local(path: str) -> str:
+    """`path` without file://, which needs no fsspec."""
+    return path.removeprefix("file://") if path.startswith("file:///") else path
+
+
+def filesystem(path: str, options: Options) -> Any:
+    """The fsspec filesystem of a URL. Raises DataError naming the package that is missing."""
+    try:
+        import fsspec
+    except ImportError as error:
+        raise DataError(f'{path}: URLs need fsspec; install it with: pip install "ouro-megatron[data]"') from error
+    try:
+        return fsspec.core.url_to_fs(path, **options)[0]
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def find_files(source: str, path: str, pattern: str, options: Options) -> list[File]:
+    """`path` itself when it is a file, else the files below it that match `pattern`, ordered by path.
+
+    `pattern` knows `*`, `?`, `[a-z]`, `{one,two}` and `**/` (any number of folders). `path` may end in a pattern of
+    its own. What begins with a dot is left out: downloaders keep their notes there.
+    Raises DataError naming the source when there is nothing.
+    """
+    path = local(path)
+    base, own = _split_glob(path)
+    if own and not Path(path).exists():
+        path, pattern = base, own
+    matches = _matcher(pattern)
+    found = _remote_files(path, matches, options) if is_url(path) else _local_files(path, matches)
+    if not found:
+        raise DataError(f"source {source}: {path} is no file, and no file below it matches {pattern!r}")
+    return found
+
+
+def _split_glob(path: str) -> tuple[str, str]:
+    parts = path.split("/")
+    for index, part in enumerate(parts):
+        if re.search(r"[*?{]|\[.+\]", part):
+            return "/".join(parts[:index]) or ("/" if path.startswith("/") else "."), "/".join(parts[index:])
+    return path, ""
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    out, index, alternatives = "", 0, 0
+    while index < len(pattern):
+        char = pattern[index]
+        if pattern.startswith("**/", index):
+            out, index = out + "(?:[^/]+/)*", index + 3
+            continue
+        if char == "*":
+            out += "[^/]*"
+        elif char == "?":
+            out += "[^/]"
+        elif char == "{":
+            out, alternatives = out + "(?:", alternatives + 1
+        elif char == "}" and alternatives:
+            out, alternatives = out + ")", alternatives - 1
+        elif char == "," and alternatives:
+            out += "|"
+        elif char == "[" and (end := pattern.find("]", index + 2)) > 0:
+            out += "[" + pattern[index + 1 : end].replace("!", "^", 1) + "]"
+            index = end
+        else:
+            out += re.escape(char)
+        index += 1
+    try:
+        compiled = re.compile(out)
+    except re.error as error:
+        raise DataError(f"{pattern!r} is no file pattern: {error}") from error
+    return lambda name: (
+        compiled.fullmatch(name) is not None and not any(part.startswith(".") for part in name.split("/"))
+    )
+
+
+def _local_files(path: str, matches: Callable[[str], bool]) -> list[File]:
+    root = Path(path)
+    if root.is_file():
+        return [local_file(root)]
+    found = []
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            file = Path(folder) / name
+            if matches(file.relative_to(root).as_posix()):
+                if not file.exists():
+                    raise DataError(f"{file}: a link to a file that is not there; finish the download")
+                found.append(local_file(file))
+    return sorted(found, key=lambda file: file.path)
+
+
+def local_file(file: Path) -> File:
+    """A file of this machine."""
+    status = file.stat()
+    return File(str(file), status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+
+
+def _remote_files(path: str, matches: Callable[[str], bool], options: Options) -> list[File]:
+    system = filesystem(path, options)
+    root = system._strip_protocol(path)
+    try:
+        infos = _again(lambda: system.find(root, detail=True), path, "cannot be listed")
+    except FileNotFoundError:
+        return []
+    found = []
+    for name, info in infos.items():
+        relative = name[len(root) :].lstrip("/") if name.startswith(root) else name
+        if not relative or matches(relative):
+            found.append(File(system.unstrip_protocol(name), int(info["size"] or 0), _remote_stamp(info)))
+    return sorted(found, key=lambda file: file.path)
+
+
+def _remote_stamp(info: Mapping[str, Any]) -> str:
+    for name in ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "last_modified", "mtime", "created"):
+        if info.get(name):
+            return f"{info['size']}-{info[name]}"
+    return str(info["size"])
+
+
+def open_file(path: str, options: Options) -> BinaryIO:
+    """Opens for reading from the beginning; seekable. Remote reads are tried again at the same place when they fail.
+
+    Raises DataError when the file cannot be opened.
+    """
+    if is_url(path):
+        return cast("BinaryIO", io.BufferedReader(_Persistent(path, options), _REMOTE_BUFFER))
+    try:
+        return Path(path).open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+class _Persistent(io.RawIOBase):
+    """A remote file that is opened anew, at the same place, when reading from it fails."""
+
+    def __init__(self, path: str, options: Options) -> None:
+        self._path = path
+        self._system = filesystem(path, options)
+        self._at = 0
+        self._file: Any = None
+        try:
+            self._size = int(_again(lambda: self._system.info(path), path, "cannot be found")["size"])
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: is not there any more") from error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = _again(lambda: self._read(len(buffer)), self._path, f"cannot be read at byte {self._at}")
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def _read(self, count: int) -> bytes:
+        try:
+            if self._file is None:
+                self._file = self._system.open(self._path, "rb")
+            if self._file.tell() != self._at:
+                self._file.seek(self._at)
+            return self._file.read(count)
+        except Exception:
+            self._file = None
+            raise
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        super().close()
+
+
+def _again(action: Callable[[], Any], path: str, what: str) -> Any:
+    """The result of `action`, tried several times: networks fail for seconds, and a run must outlive that."""
+    wait = _FIRST_WAIT
+    for attempt in range(_TRIES):
+        try:
+            return action()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # every filesystem has exceptions of its own
+            if attempt == _TRIES - 1:
+                raise DataError(f"{path}: {what}, tried {_TRIES} times: {type(error).__name__}: {error}") from error
+            time.sleep(wait)
+            wait *= 2
+    raise AssertionError("unreachable")
+
+
+def byte_ranges(file: File, target_bytes: int) -> list[Unit]:
+    """A plain file in ranges of `target_bytes`, the last one 0.5 to 1.5 of it; a small file stays whole."""
+    count = max(1, round(file.size / target_bytes))
+    if count == 1:
+        return [file.unit()]
+    bounds = [*(index * target_bytes for index in range(count)), file.size]
+    return [file.unit(start, stop, stop - start) for start, stop in pairwise(bounds)]
+
+
+def pieces(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """All of a stream in pieces of at most `size` bytes."""
+    while piece := stream.read(size):
+        yield piece

@@ -1,0 +1,88 @@
+"""Rows of whatever file: JSON lines, parquet or Arrow, told apart by the name of the file."""
+
+from collections.abc import Iterator, Sequence
+
+from data_prep.formats import tables
+from data_prep.formats.compression import bare_name
+from data_prep.formats.files import File, Options
+from data_prep.formats.lines import parse_object, read_lines, split_lines_file
+from data_prep.formats.tables import Column, Row
+from data_prep.sources.base import Fault, Report, Unit
+
+_FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+}
+JSON_FILES = "**/*.{jsonl,json,ndjson}{,.gz,.zst,.zstd,.xz,.bz2}"
+
+
+def format_of(path: str) -> str:
+    """ "json", "parquet" or "arrow"; a name that says nothing is taken for JSON lines."""
+    name = bare_name(path.lower())
+    return next((kind for suffix, kind in _FORMATS.items() if name.endswith(suffix)), "json")
+
+
+def split_file(file: File, target_bytes: int, options: Options) -> list[Unit]:
+    """Units of about `target_bytes` where the format can be entered in the middle, else the file."""
+    kind = format_of(file.path)
+    if kind == "parquet":
+        return tables.split_parquet(file, target_bytes, options)
+    if kind == "arrow":
+        return tables.split_arrow(file, target_bytes, options)
+    return split_lines_file(file, target_bytes, options)
+
+
+def columns_of(file: File, options: Options) -> list[Column] | None:
+    """Columns of a table, fields of a JSON file's first readable line; None when it holds no rows.
+
+    Raises ValueError when the file cannot be read.
+    """
+    kind = format_of(file.path)
+    if kind == "parquet":
+        return tables.parquet_columns(file, options)
+    if kind == "arrow":
+        return tables.arrow_columns(file, options)
+    return _first_fields(file, options)
+
+
+def _first_fields(file: File, options: Options) -> list[Column] | None:
+    reasons: list[str] = []
+    for line in read_lines(file.unit(), lambda fault: reasons.append(fault.reason), options):
+        try:
+            found = parse_object(line.data)
+        except ValueError as error:
+            reasons.append(str(error))
+            if len(reasons) > 100:
+                break
+            continue
+        if found is not None:
+            return [Column(name, isinstance(value, str)) for name, value in found.items()]
+    if reasons:
+        raise ValueError(reasons[0])
+    return None
+
+
+def read_rows(unit: Unit, wanted: Sequence[str], report: Report, options: Options) -> Iterator[Row]:
+    """Rows of a unit with at least those of the `wanted` columns that exist; bad ones are reported."""
+    kind = format_of(unit.path)
+    if kind == "parquet":
+        yield from tables.read_parquet(unit, wanted, report, options)
+    elif kind == "arrow":
+        yield from tables.read_arrow(unit, wanted, report, options)
+    else:
+        yield from _json_rows(unit, report, options)
+
+
+def _json_rows(unit: Unit, report: Report, options: Options) -> Iterator[Row]:
+    for line in read_lines(unit, report, options):
+        try:
+            found = parse_object(line.data)
+        except ValueError as error:
+            report(Fault(unit.path, line.where, str(error)))
+            continue
+        if found is not None:
+            yield Row(line.where, found)

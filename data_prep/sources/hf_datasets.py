@@ -1,0 +1,125 @@
+"""Any dataset that the `datasets` library opens: on the Hub by its id, a local folder, or one saved to disk."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.sources.base import Document, Fault, Report, Unit
+from data_prep.sources.chat_rows import key_of, list_of, messages_of, pair_of
+from data_prep.sources.tabular import TextTable, is_taken
+from ouro_megatron.errors import DataError
+
+_ROWS = 1000
+"""Rows taken from a dataset on disk at one time."""
+
+
+class HuggingFaceDataset(TextTable):
+    """A dataset by its Hub id, or a folder: one of data files, or one that `save_to_disk` made.
+
+    Rows without the text column that hold a conversation are read as such. Hub datasets are streamed: a unit is a
+    shard as the library counts them.
+    """
+
+    kind: Literal["datasets"]
+    path: str
+    """Hub id such as "HuggingFaceFW/fineweb-edu", or a folder."""
+    pattern: str = "**/*"
+    config: str | None = None
+    """Name of the dataset's configuration."""
+    split: str = "train"
+    revision: str | None = None
+    """Commit of a Hub dataset. Without it the newest is used, and a resumed run may read another."""
+    chat: bool = False
+    """Rows are conversations."""
+
+    def units(self, target_bytes: int) -> list[Unit]:
+        dataset = self._open()
+        names = list(dataset.column_names or next(iter(dataset), {}))
+        self._check(names)
+        if self._saved():
+            return self._row_ranges(dataset, target_bytes)
+        stamp = self.revision or ""
+        return [Unit(self.path, 0, index, index + 1, stamp) for index in range(dataset.num_shards)]
+
+    def _saved(self) -> bool:
+        folder = Path(self.path)
+        return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+    def _row_ranges(self, dataset: Any, target_bytes: int) -> list[Unit]:
+        size = sum(Path(file["filename"]).stat().st_size for file in dataset.cache_files) or dataset.dataset_size or 1
+        count = max(1, min(len(dataset), round(size / target_bytes)))
+        bounds = [len(dataset) * index // count for index in range(count + 1)]
+        stamp = str(dataset._fingerprint)
+        return [Unit(self.path, size // count, start, stop, stamp) for start, stop in pairwise(bounds)]
+
+    def _check(self, names: Sequence[str]) -> None:
+        if self.chat:
+            if list_of(names) is None and pair_of(names) is None:
+                raise DataError(f"source {self.name}: {self.path} has the columns {', '.join(names)}: no conversation")
+        elif self.text not in names:
+            hint = " Set `chat: true` if its rows are conversations." if list_of(names) else ""
+            raise DataError(
+                f"source {self.name}: {self.path} has no column {self.text!r}, but: {', '.join(names)}.{hint}"
+            )
+
+    def _open(self) -> Any:
+        """Raises DataError when the library is missing or cannot open it."""
+        try:
+            import datasets
+        except ImportError as error:
+            raise DataError(
+                'kind: datasets needs the library `datasets`; install it with: pip install "ouro-megatron[data]"'
+            ) from error
+        datasets.disable_progress_bars()
+        try:
+            if self._saved():
+                found = datasets.load_from_disk(self.path, storage_options=dict(self.storage_options) or None)
+                return found[self.split] if isinstance(found, datasets.DatasetDict) else found
+            return datasets.load_dataset(
+                self.path, self.config, split=self.split, revision=self.revision, streaming=True
+            )
+        except Exception as error:  # the library and the Hub client raise many kinds
+            raise DataError(
+                f"source {self.name}: `datasets` cannot open {self.path!r} (config {self.config}, split {self.split}): "
+                f"{type(error).__name__}: {error}. A Hub id needs network access (and a token if it is gated); "
+                "a folder must hold data files"
+            ) from error
+
+    def read(self, unit: Unit, report: Report) -> Iterator[Document]:
+        keys = (self.key,) if self.key is not None else ("url", "id")
+        number = unit.start if self._saved() else 0
+        try:
+            for row in self._rows(unit):
+                where = f"row {number}" if self._saved() else f"shard {unit.start}, row {number}"
+                number += 1
+                if not self.is_kept(row):
+                    continue
+                try:
+                    document = self._conversation(row) if self.chat else self.document(dict(row), keys)
+                except (ValueError, RecursionError) as error:
+                    report(Fault(unit.path, where, str(error)))
+                    continue
+                if is_taken(document.key, self.take):
+                    yield document
+        except DataError:
+            raise
+        except Exception as error:  # what a broken file raises depends on the builder that reads it
+            reason = f"{type(error).__name__}: {error}"
+            report(Fault(unit.path, f"shard {unit.start}, row {number}", reason, ends_unit=True))
+
+    def _rows(self, unit: Unit) -> Iterator[dict[str, Any]]:
+        dataset = self._open()
+        if not self._saved():
+            yield from dataset.shard(num_shards=dataset.num_shards, index=unit.start)
+            return
+        stop = len(dataset) if unit.stop is None else unit.stop
+        for start in range(unit.start, stop, _ROWS):
+            batch = dataset[start : min(start + _ROWS, stop)]
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
+
+    @staticmethod
+    def _conversation(row: dict[str, Any]) -> Document:
+        messages = messages_of(row)
+        return Document(key_of(messages), "", messages=messages)
