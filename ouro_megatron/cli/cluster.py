@@ -63,7 +63,9 @@ def submit(
     loaded = _load(pipeline, overrides, cluster, twin, nodes, time)
     wanted, project = jobs.plan(loaded, from_step, to_step), jobs.project_folder()
     if local:
-        raise typer.Exit(jobs.run_here(loaded, wanted, typer.echo))
+        from ouro_megatron.training.launch import train
+
+        raise typer.Exit(jobs.run_here(loaded, wanted, lambda recipe: train(recipe, None), typer.echo))
     if not dry_run:
         jobs.submit(loaded, wanted, project, typer.echo)
         typer.echo(f"Follow it with: ouro status {pipeline}{' --twin' if twin else ''}")

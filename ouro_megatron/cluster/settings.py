@@ -120,6 +120,8 @@ class Twin(Section):
 
     run_dir: Path
     divide: Divide = Divide()
+    epoch_tokens: PositiveInt = 2048
+    """Tokens that stand for an epoch where a recipe counts its budget in epochs."""
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Merged over every recipe, after the division."""
     nodes: PositiveInt | None = None

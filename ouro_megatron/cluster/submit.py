@@ -7,12 +7,13 @@ from pathlib import Path
 
 from ouro_megatron.checkpoint.folder import write_json
 from ouro_megatron.cluster import slurm
-from ouro_megatron.cluster.checks import completed, find_problems
+from ouro_megatron.cluster.checks import completed, data_problems, find_problems
 from ouro_megatron.cluster.pipeline import Job, Pipeline
 from ouro_megatron.cluster.progress import JOB_FILE, is_finished, submitted_job
 from ouro_megatron.cluster.script import SCRIPT, render
 from ouro_megatron.errors import ClusterError, OuroError
 from ouro_megatron.recipe.load import dump_recipe
+from ouro_megatron.recipe.schema import Recipe
 
 Say = Callable[[str], None]
 
@@ -108,19 +109,22 @@ def cancel(pipeline: Pipeline, names: Sequence[str], say: Say) -> list[int]:
     return list(living.values())
 
 
-def run_here(pipeline: Pipeline, wanted: Plan, say: Say) -> int:
-    """Runs the steps one after the other on this machine, each stage on the fewest ranks its layout needs. Returns the
-    exit code of the first that does not finish, else 0. Raises OuroError as the steps do."""
+def run_here(pipeline: Pipeline, wanted: Plan, train: Callable[[Recipe], int], say: Say) -> int:
+    """Runs the steps one after the other on this machine, stages by `train`, which returns an exit code. Returns that
+    of the first that does not finish, else 0. Raises OuroError as the steps do."""
     from ouro_megatron.checkpoint.average import average_files
     from ouro_megatron.evaluation.upcycled import upcycle_and_compare
-    from ouro_megatron.training.launch import train
 
+    problems = [problem for job in wanted.submit for problem in data_problems(job)]
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in dict.fromkeys(problems))
+        raise ClusterError(f"pipeline {pipeline.name} cannot run; nothing was started:{lines}")
     for name in wanted.finished:
         say(f"{name}: finished already")
     for job in wanted.submit:
         say(f"--- {job.name}")
         if job.recipe is not None:
-            code = train(job.recipe, None)
+            code = train(job.recipe)
             if code:
                 return code
             continue

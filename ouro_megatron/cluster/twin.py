@@ -17,7 +17,10 @@ def twin_of(recipe: Recipe, twin: Twin) -> Recipe:
     _divide(values, "model.layers", divide.layers)
     _divide(values, "data.sequence_length", divide.sequence_length)
     _divide(values, "batch.global_tokens", divide.batch_tokens)
-    for path in _TOKEN_SPANS:
+    budget = values["budget"]
+    if budget["total"] is None and budget["epochs"] is not None:
+        values["budget"] = {"total": round(budget["epochs"] * twin.epoch_tokens)}
+    for path in [path for path in _TOKEN_SPANS if budget is values["budget"] or path != "budget.total"]:
         _shorten(values, path, divide)
     for point in values["batch"]["ramp"]:
         _divide(point, "global_tokens", divide.batch_tokens)
