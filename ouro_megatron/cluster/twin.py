@@ -8,7 +8,7 @@ from ouro_megatron.recipe.load import merged, recipe_from_values
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.recipe.spans import Span
 
-_TOKEN_SPANS = ("budget.total", "schedule.warmup", "schedule.decay", "checkpoint.permanent_every")
+_TOKEN_SPANS = ("schedule.warmup", "schedule.decay", "checkpoint.permanent_every")
 
 
 def twin_of(recipe: Recipe, twin: Twin) -> Recipe:
@@ -17,10 +17,12 @@ def twin_of(recipe: Recipe, twin: Twin) -> Recipe:
     _divide(values, "model.layers", divide.layers)
     _divide(values, "data.sequence_length", divide.sequence_length)
     _divide(values, "batch.global_tokens", divide.batch_tokens)
-    budget = values["budget"]
-    if budget["total"] is None and budget["epochs"] is not None:
-        values["budget"] = {"total": round(budget["epochs"] * twin.epoch_tokens)}
-    for path in [path for path in _TOKEN_SPANS if budget is values["budget"] or path != "budget.total"]:
+    epochs = values["budget"]["epochs"]
+    if values["budget"]["total"] is None and epochs is not None:
+        values["budget"] = {"total": round(epochs * twin.epoch_tokens)}
+    else:
+        _shorten(values, "budget.total", divide)
+    for path in _TOKEN_SPANS:
         _shorten(values, path, divide)
     for point in values["batch"]["ramp"]:
         _divide(point, "global_tokens", divide.batch_tokens)
