@@ -81,9 +81,8 @@ def _weights_of(folder: Path) -> dict[str, Any]:
 
 def _read(folder: Path, name: str, where: Any) -> Tensor:
     try:
-        # Loading fills what it is given in place.
-        template = {name: replace(where, data=torch.empty_like(where.data))}
-        return dist_checkpointing.load(template, str(folder), validate_access_integrity=False)[name]
+        # A copy: loading keeps the tensor in what it is given.
+        return dist_checkpointing.load({name: replace(where)}, str(folder), validate_access_integrity=False)[name]
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder}: {name} cannot be read: {describe(error)}") from error
 
