@@ -190,6 +190,13 @@ def test_layouts_fit_the_nodes_and_scripts_are_valid_bash(folder: str, cluster: 
         subprocess.run([shellcheck, "-S", "error", str(script)], check=True, timeout=60)
 
 
+@pytest.mark.parametrize("cluster", [*CLUSTERS, "cpu"])
+def test_the_twin_fits_one_node(cluster: str) -> None:
+    pipeline = load_pipeline(STAGES / "ouro", cluster=STAGES / "cluster" / f"{cluster}.yaml", twin=True)
+    assert {job.nodes for job in pipeline.jobs} == {1}
+    assert not [problem for job in pipeline.jobs for problem in layout_problems(job, pipeline.cluster)]
+
+
 def test_the_branches_share_stages_1_and_2(pipeline: Pipeline) -> None:
     names = [job.name for job in pipeline.jobs]
     assert len(names) == len(set(names)) == 2 + 6 + 1 + 6

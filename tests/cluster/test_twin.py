@@ -67,7 +67,7 @@ def test_loops_and_batch_change_inside_stable_1(chain: Pipeline) -> None:
     steps = steps_of(chain, "2-stable-1")
     loops = [len(step.loops.ce) for step in steps]
     assert loops[0] == 8 and loops[-1] == 4
-    assert [step.global_tokens for step in steps] == [1024 if loop == 8 else 2048 for loop in loops]
+    assert [step.global_tokens for step in steps] == [2048 if loop == 8 else 4096 for loop in loops]
     events = read_records(chain.job("2-stable-1").run_folder / "metrics.jsonl")
     assert any(isinstance(event, EventRecord) and "8 -> 4 loops" in event.message for event in events)
 
