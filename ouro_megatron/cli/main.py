@@ -8,7 +8,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ouro_megatron.cli.checkpoint import checkpoint
 from ouro_megatron.cli.checkpoints import evaluate, upcycle
+from ouro_megatron.cli.cluster import cancel, status, submit
 from ouro_megatron.cli.dashboard import dashboard
 from ouro_megatron.cli.data import data
 from ouro_megatron.cli.exchange import export, import_checkpoint
@@ -52,6 +54,10 @@ app.command()(export)
 app.command("import")(import_checkpoint)
 app.command()(report)
 app.command()(dashboard)
+app.command()(submit)
+app.command()(status)
+app.command()(cancel)
+app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 

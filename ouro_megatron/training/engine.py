@@ -92,8 +92,24 @@ class Engine:
                 module=lm,
                 pg_collection=context.groups,
             )
-            self.optimizer = _build_optimizer(optimizer, self.ddp, context, lm.dtype) if optimizer else None
+            self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm.dtype) if optimizer else None
         self.pipeline = LoopPipeline(lm.config, context, loops)
+
+    def set_loops(self, loops: int) -> None:
+        """Changes T between two steps; weights, gradient buffers and optimizer stay. All ranks call it together.
+
+        The pipeline's views are made anew. Megatron's gradient reduction counts how often each parameter is used in
+        its first step and reduces after that many uses: it must count again, as each layer is now used another number
+        of times.
+        """
+        if loops == self.loops:
+            return
+        self.loops = loops
+        self.pipeline = LoopPipeline(self.lm.config, self.context, loops)
+        for group in [*self.ddp.bucket_groups, *self.ddp.expert_parallel_bucket_groups]:
+            group.is_first_batch = True
+            group.golden_per_param_grad_ready_counts = {}
+            group.per_param_grad_ready_counts = {}
 
     def adopt_weights(self) -> None:
         """Makes the optimizer's fp32 copies follow weights that were filled after this engine was built."""
