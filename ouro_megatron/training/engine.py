@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from torch import Tensor
 
+from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.looplm import LoopLM
 from ouro_megatron.objective.head import HeadGroup
 from ouro_megatron.objective.loop_loss import LoopLoss, LossParts
@@ -28,6 +29,15 @@ class Microbatch:
     tokens_bs: Tensor
     labels_bs: Tensor
     mask_bs: Tensor
+    documents: DocumentBounds | None = None
+    """Bounds of documents that must not see each other; None: each row is one."""
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor]) -> "Microbatch":
+        """From what a MicrobatchReader yields."""
+        tokens_bs = batch["tokens_bs"]
+        documents = DocumentBounds.of(batch["positions_bs"], tokens_bs.device) if "positions_bs" in batch else None
+        return cls(tokens_bs, batch["labels_bs"], batch["loss_mask_bs"], documents)
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,22 @@ class Engine:
         alias.main_grad = weight.main_grad
         alias.gradient_is_in = lambda: group.register_grad_ready(weight, self.ddp.force_all_reduce)
         return alias
+
+    def set_loops(self, loops: int) -> None:
+        """Changes T between two steps; weights, gradient buffers and optimizer stay. All ranks call it together.
+
+        The pipeline's views are made anew. Megatron's gradient reduction counts how often each parameter is used in
+        its first step and reduces after that many uses: it must count again, as each layer is now used another number
+        of times.
+        """
+        if loops == self.loops:
+            return
+        self.loops = loops
+        self.pipeline = self._new_pipeline(loops)
+        for group in [*self.ddp.bucket_groups, *self.ddp.expert_parallel_bucket_groups]:
+            group.is_first_batch = True
+            group.golden_per_param_grad_ready_counts = {}
+            group.per_param_grad_ready_counts = {}
 
     def adopt_weights(self) -> None:
         """Makes the optimizer's fp32 copies follow weights that were filled after this engine was built."""
@@ -268,11 +294,10 @@ class _LoopedForward:
         else:
             assert view.received is not None
             h_sbh = view.received
-        if self._rotary is None:
-            self._rotary = self._lm.rotary(torch.arange(batch.tokens_bs.shape[1], device=context.device))
+        rotary, documents = self._angles(batch), batch.documents
         for loop in view.loops:
             position.loop = loop + 1
-            h_sbh = self._lm.run_layers(h_sbh, self._rotary, loop=loop)
+            h_sbh = self._lm.run_layers(h_sbh, rotary, loop=loop, documents=documents)
             if context.is_last_stage:
                 h_sbh = self._add_loss(index, batch, h_sbh, leaves=loop == view.loops[-1] and loop + 1 < self._loops)
         if not context.is_last_stage or view.loops[-1] + 1 < self._loops:
@@ -284,6 +309,14 @@ class _LoopedForward:
             if gate_only:
                 loss.backward()
         return loss, partial(_hand_out, tokens=tokens, sums=sums)
+
+    def _angles(self, batch: Microbatch) -> Tensor:
+        """RoPE's: those of plain rows are kept for the step, packed documents have their own in each microbatch."""
+        if batch.documents is not None:
+            return self._lm.rotary(batch.documents.positions_sb)
+        if self._rotary is None:
+            self._rotary = self._lm.rotary(torch.arange(batch.tokens_bs.shape[1], device=self._engine.context.device))
+        return self._rotary
 
     def _add_loss(self, index: int, batch: Microbatch, h_sbh: Tensor, *, leaves: bool) -> Tensor:
         """Adds this loop's loss. `leaves`: the state goes on to another rank, beyond autograd's reach."""
