@@ -62,7 +62,8 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
     start = from_rank_zero(lambda: find_start(recipe, plan))
     tokenizer = load_tokenizer(recipe.data.tokenizer, model_vocab=recipe.model.vocab)
     fingerprint = from_rank_zero(lambda: _fingerprint(recipe, tokenizer))
-    reader = _reader(recipe, context, _dataset(recipe, tokenizer, "train", plan.total_samples))
+    data = _dataset(recipe, tokenizer, "train", plan.total_samples)
+    reader = _reader(recipe, context, data)
     held_out = None
     if recipe.data.validation:
         samples = plan.at(0).samples * recipe.evaluation.batches
@@ -87,6 +88,9 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
         else:
             engine.adopt_weights()
     with _sinks(recipe, context, plan, progress, start) as sinks:
+        if sinks is not None:
+            for name, report in zip(data.names, data.packing, strict=False):
+                sinks.notify("packing", f"{name}: {report.describe(recipe.data.long_documents)}")
         trainer = Trainer(
             recipe,
             engine,
