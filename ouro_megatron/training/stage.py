@@ -114,6 +114,9 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
         else:
             engine.adopt_weights()
     with _sinks(recipe, context, plan, progress, start, history) as sinks:
+        if sinks is not None:
+            for name, report in data.packing().items():
+                sinks.notify("packing", f"{name}: {report.describe(recipe.data.long_documents)}")
         returns = Rollbacks(
             recipe.run_folder, lambda folder: load_run(engine, folder, recipe, optimizer=True), rollbacks
         )
