@@ -194,8 +194,10 @@ def test_several_pairs_fill_up_to_the_limit(root: Path) -> None:
 
 
 def test_a_document_beyond_the_limit_has_a_pair_of_its_own(root: Path) -> None:
-    run(root, "parts", max_prefix_tokens=3)
-    assert all(stats(prefix).documents == 1 for prefix in find_prefixes(root / "parts", "web", "train"))
+    sources = [{"name": "few", "kind": "jsonl", "path": str(root / "few.jsonl")}]
+    (root / "few.jsonl").write_text(lines(range(5)))
+    run(root, "parts", max_prefix_tokens=3, sources=sources, validation_fraction=0)
+    assert [stats(prefix).documents for prefix in find_prefixes(root / "parts", "few", "train")] == [1] * 5
 
 
 def test_faults_within_the_budget_are_written_down(root: Path) -> None:
