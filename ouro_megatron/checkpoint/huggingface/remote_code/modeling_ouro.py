@@ -5,7 +5,8 @@ and exit gate read it after every loop:
 
     h_0 = embed(tokens);  h_t = norm(layers(h_{t-1}));  logits_t = lm_head(h_t);  lambda_t = sigmoid(gate(h_t))
 
-The key/value cache has an entry for each (loop, layer): index loop * num_hidden_layers + layer.
+The key/value cache has an entry for each (loop, layer): index loop * num_hidden_layers + layer. transformers called it
+`past_key_values` up to 5.23 and calls it `cache` from 5.24 on: both names are taken.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ouro import OuroConfig
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this version of transformers calls the cache in outputs."""
 
 
 @dataclass
@@ -176,7 +180,7 @@ class OuroPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["OuroDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -222,17 +226,14 @@ class OuroModel(OuroPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         loops: int | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> OuroModelOutput:
-        """`loops`: how many to run, config.total_ut_steps when left out; the same throughout for one cache.
-
-        `cache` is what transformers calls `past_key_values` from 5.24 on; either name serves.
-        """
+        """`loops`: how many to run, config.total_ut_steps when left out; the same throughout for one cache."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -246,13 +247,8 @@ class OuroModel(OuroPreTrainedModel):
             cache, seen = with_room_for(cache, loops * layers), cache.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(seen, seen + h.shape[1], device=h.device)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=h,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids,
-        )
+        # By position: the fourth argument has changed its name.
+        mask = create_causal_mask(self.config, h, attention_mask, cache, position_ids=position_ids)
         rotary = rotary_angles(position_ids, self.config, h.dtype)
         states: list[Tensor] = []
         for loop in range(loops):
@@ -268,9 +264,9 @@ class OuroModel(OuroPreTrainedModel):
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return OuroModelOutput(
             last_hidden_state=h,
-            past_key_values=cache,
             hidden_states=tuple(states) if wanted else None,
             loop_states=tuple(states),
+            **{CACHE: cache},
         )
 
 
@@ -298,10 +294,10 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
         exit_at_step: int | None = None,
         exit_threshold: float | None = None,
@@ -330,7 +326,8 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values if cache is None else cache,
+            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             loops=loops if step is None else step + 1,
@@ -354,10 +351,10 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         output = OuroCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             exit_probabilities=p,
             exit_loops=exit_loops,
+            **{CACHE: getattr(outputs, CACHE)},
         )
         return output.to_tuple() if return_dict is False else output
 
