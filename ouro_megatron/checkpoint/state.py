@@ -47,6 +47,10 @@ class RunState:
     """Of the data blend; see data/fingerprint.py."""
     history: list[StageRecord] = field(default_factory=list)
     """Stages before this one, first to last."""
+    health: dict[str, Any] = field(default_factory=dict)
+    """Skipped updates in a row, the window that outliers are judged by, and rollbacks; see training/progress.py."""
+    pending_evaluation: bool = False
+    """A stop interrupted the evaluation that was due at this step: it is made up for when the run goes on."""
     origin: Literal["training", "upcycle", "import"] = "training"
     """`upcycle`, `import`: made from another model; its counters are those of a stage that has not begun."""
     format: int = FORMAT
@@ -75,6 +79,11 @@ def history_with(state: RunState) -> list[StageRecord]:
         return list(state.history)
     model, data = state.recipe["model"], state.recipe["data"]
     detail = f"{model['layers']} layers x {model['loops']} loops, sequence {data['sequence_length']}"
+    if state.skipped_steps:
+        detail += f", {state.skipped_steps} updates skipped"
+    rollbacks = state.health.get("rollbacks", [])
+    if rollbacks:
+        detail += f", {len(rollbacks)} rollbacks"
     return [*state.history, StageRecord(state.recipe["name"], "training", state.step, state.tokens, detail)]
 
 

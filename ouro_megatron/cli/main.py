@@ -8,12 +8,19 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ouro_megatron.cli.checkpoints import evaluate, upcycle
+from ouro_megatron.cli.analyse import analyse
+from ouro_megatron.cli.benchmark import benchmark
+from ouro_megatron.cli.chat import chat
+from ouro_megatron.cli.checkpoints import upcycle
+from ouro_megatron.cli.dashboard import dashboard
 from ouro_megatron.cli.data import data
+from ouro_megatron.cli.evaluation import evaluate
 from ouro_megatron.cli.exchange import export, import_checkpoint
 from ouro_megatron.cli.generate import generate
+from ouro_megatron.cli.plan import plan
 from ouro_megatron.cli.recipe import recipe
 from ouro_megatron.cli.report import report
+from ouro_megatron.cli.serve import serve
 from ouro_megatron.cli.train import train
 from ouro_megatron.errors import OuroError
 
@@ -42,12 +49,19 @@ def root(
 
 
 app.command()(train)
+app.command()(plan)
 app.command()(generate)
-app.command()(evaluate)
+app.command()(chat)
+app.command()(serve)
+app.command()(benchmark)
+app.command("eval")(evaluate)
+app.command("evaluate", hidden=True)(evaluate)  # the name it had
 app.command()(upcycle)
 app.command()(export)
 app.command("import")(import_checkpoint)
 app.command()(report)
+app.command()(dashboard)
+app.add_typer(analyse, name="analyse")
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
+from ouro_megatron.data.packing import PackingReport
 from ouro_megatron.errors import DataError
 
 Batch = dict[str, torch.Tensor]
@@ -76,6 +77,15 @@ class MicrobatchReader:
                 "than the data was built for. Build it for the whole budget."
             )
         return self._read(wanted, self._guess_next(consumed + global_batch, global_batch))
+
+    def source_counts(self, start: int, end: int) -> dict[str, int]:
+        """Samples [start, end) by source of the blend; empty when the dataset cannot tell."""
+        counts = getattr(self._dataset, "source_counts", None)
+        return counts(start, end) if counts is not None else {}
+
+    def packing(self) -> list[tuple[str, PackingReport]]:
+        """Each packed source's name and what packing did to it; empty when the dataset cannot tell."""
+        return list(zip(getattr(self._dataset, "names", ()), getattr(self._dataset, "packing", ()), strict=False))
 
     def close(self) -> None:
         """Ends the reading thread."""

@@ -16,7 +16,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     With `world_size`, the number of ranks, the layout and the batch are checked against it. No file is touched.
     """
     problems = [*_model(recipe.model), *_layout(recipe, world_size), *_sequence(recipe), *_packing(recipe)]
-    problems += _objective(recipe)
+    problems += [*_objective(recipe), *_health(recipe)]
     batch_problems = list(_batch(recipe, world_size))
     problems += batch_problems
     if not batch_problems:  # the plan below divides by the batch
@@ -143,6 +143,19 @@ def _objective(recipe: Recipe) -> Iterator[str]:
         yield "init.optimizer=true carries the optimizer of init.checkpoint over, which is not set"
     if recipe.optimizer.lr < recipe.schedule.min_lr:
         yield f"schedule.min_lr={recipe.schedule.min_lr:g} is above optimizer.lr={recipe.optimizer.lr:g}"
+
+
+def _health(recipe: Recipe) -> Iterator[str]:
+    health, limit = recipe.health, recipe.training.max_skipped_steps
+    if health.min_steps > health.window:
+        yield f"health.min_steps={health.min_steps} is more than health.window={health.window} ever holds"
+    if health.rollback_after is not None and health.rollback_after > limit:
+        yield (
+            f"health.rollback_after={health.rollback_after} is never reached: training.max_skipped_steps={limit} "
+            "stops the run before"
+        )
+    if health.skip_spikes and health.loss_deviations is None and health.grad_norm_deviations is None:
+        yield "health.skip_spikes=true looks at nothing: set health.loss_deviations or health.grad_norm_deviations"
 
 
 def _batch(recipe: Recipe, world_size: int | None) -> Iterator[str]:

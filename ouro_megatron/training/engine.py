@@ -1,7 +1,7 @@
 """Model, gradients and optimizer of one rank: one training step, one evaluation pass."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ class Microbatch:
     def of(cls, batch: dict[str, Tensor]) -> "Microbatch":
         """From what a MicrobatchReader yields."""
         tokens_bs = batch["tokens_bs"]
-        documents = DocumentBounds.of(batch["positions_bs"], tokens_bs.device) if "positions_bs" in batch else None
+        documents = DocumentBounds.of_batch(batch, tokens_bs.device)
         return cls(tokens_bs, batch["labels_bs"], batch["loss_mask_bs"], documents)
 
 
@@ -46,8 +46,16 @@ class StepResult:
 
     means: LoopMeans
     grad_norm: float
-    skipped: bool
-    """The loss or a gradient was not finite: the weights were left alone."""
+    skip_reason: str = ""
+    """Why the weights were left alone; empty when they were updated."""
+
+    @property
+    def skipped(self) -> bool:
+        return bool(self.skip_reason)
+
+
+Judge = Callable[[LoopMeans, float], str | None]
+"""Told a step's means and gradient norm; says why its update should be left out, or None. All ranks call it."""
 
 
 class Engine:
@@ -58,17 +66,18 @@ class Engine:
         lm: LoopLM,
         context: ParallelContext,
         objective: ObjectiveSection,
-        optimizer: OptimizerSection,
+        optimizer: OptimizerSection | None,
         *,
         loops: int,
         position: Position | None = None,
     ) -> None:
+        """`optimizer` None leaves the engine without one: it can make gradients, not apply them (a dry run)."""
         self.lm = lm
         self.context = context
         self.objective = objective
         self.loops = loops
         self.position = position or Position()
-        self.clip = optimizer.clip
+        self.clip = optimizer.clip if optimizer else 0.0
         self.keep_whole_gradients = False
         """Leave every data-parallel rank with all reduced gradients, not only its optimizer shard: to inspect them."""
         if objective.kind == "gate":
@@ -83,7 +92,7 @@ class Engine:
                 module=lm,
                 pg_collection=context.groups,
             )
-            self.optimizer = _build_optimizer(optimizer, self.ddp, context, lm.dtype)
+            self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm.dtype) if optimizer else None
         self.pipeline = LoopPipeline(lm.config, context, loops)
 
     def adopt_weights(self) -> None:
@@ -91,9 +100,9 @@ class Engine:
         with self.context.platform.megatron_calls():
             self.optimizer.reload_model_params()
 
-    def train_step(self, batches: list[Microbatch], lr: float) -> StepResult:
+    def train_step(self, batches: list[Microbatch], lr: float, judge: Judge | None = None) -> StepResult:
         """One optimizer step over this rank's microbatches. All ranks call it together."""
-        return self.update(self.accumulate(batches), lr)
+        return self.update(self.accumulate(batches), lr, judge)
 
     def accumulate(self, batches: list[Microbatch]) -> LoopMeans:
         """Fresh reduced gradients in each parameter's `main_grad`; returns the global means. All ranks call it.
@@ -108,11 +117,26 @@ class Engine:
         self._reduce_gradients(means.tokens)
         return means
 
-    def update(self, means: LoopMeans, lr: float) -> StepResult:
-        """Clips and applies the gradients that `accumulate` left, unless something is not finite. All ranks call it."""
+    def trace(self, batches: list[Microbatch]) -> None:
+        """Forward, backward and gradient reduction without looking at any number: for dry runs on the meta device."""
+        first = batches[0].tokens_bs
+        self.pipeline.run(
+            _LoopedForward(self, self.loops, training=True),
+            batches,
+            sequence_length=first.shape[1],
+            microbatch_size=first.shape[0],
+            forward_only=self.objective.kind == "gate",
+        )
+        finalize_model_grads([self.ddp], None, pg_collection=self.context.groups)
+
+    def update(self, means: LoopMeans, lr: float, judge: Judge | None = None) -> StepResult:
+        """Clips and applies the gradients that `accumulate` left. All ranks call it.
+
+        Not when something is not finite, or when `judge` has a reason against it.
+        """
         self.position.phase = "optimizer step"
         with self.context.platform.megatron_calls():
-            return self._update(means, lr)
+            return self._update(means, lr, judge)
 
     def evaluate(self, batches: list[Microbatch], loops: int | None = None) -> LoopSums:
         """Sums over all ranks' microbatches without gradients, the same on every rank. All ranks call it together."""
@@ -158,13 +182,16 @@ class Engine:
             self.ddp.scale_gradients(1.0 / tokens)
 
     @torch.no_grad()
-    def _update(self, means: LoopMeans, lr: float) -> StepResult:
+    def _update(self, means: LoopMeans, lr: float, judge: Judge | None) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(means.loss) and math.isfinite(norm)):
-            return StepResult(means, norm, skipped=True)
+            return StepResult(means, norm, f"not finite: loss {means.loss:g}, gradient norm {norm:g}")
+        reason = judge(means, norm) if judge is not None else None
+        if reason is not None:
+            return StepResult(means, norm, reason)
         if self.clip > 0.0:
             scale = self.clip / (norm + 1.0e-6)
             if scale < 1.0:
@@ -172,7 +199,7 @@ class Engine:
                     if parameter.grad is not None:
                         parameter.grad.mul_(scale)
         self.optimizer.step_with_ready_grads()
-        return StepResult(means, norm, skipped=False)
+        return StepResult(means, norm)
 
 
 def _build_optimizer(
@@ -241,10 +268,11 @@ class _LoopedForward:
 
     def _angles(self, batch: Microbatch) -> Tensor:
         """RoPE's: those of plain rows are kept for the step, packed documents have their own in each microbatch."""
+        length = batch.tokens_bs.shape[1]
         if batch.documents is not None:
-            return self._lm.rotary(batch.documents.positions_sb)
+            return self._lm.rotary_of(length, batch.documents)
         if self._rotary is None:
-            self._rotary = self._lm.rotary(torch.arange(batch.tokens_bs.shape[1], device=self._engine.context.device))
+            self._rotary = self._lm.rotary_of(length, None)
         return self._rotary
 
     def _add_loss(self, index: int, batch: Microbatch, h_sbh: Tensor, *, leaves: bool) -> Tensor:
