@@ -196,8 +196,8 @@ def _identity(info: PrefixInfo) -> str:
 def _build(request: _Request, cache: Path, *, keep: bool) -> tuple["BlendedDataset", list[PackingReport]]:
     from megatron.core.datasets.blended_dataset import BlendedDataset
 
-    total = sum(entry.weight for entry in request.entries)
-    weights = [entry.weight / total for entry in request.entries]
+    total = sum(entry.share for entry in request.entries)
+    weights = [entry.share / total for entry in request.entries]
     # Megatron's blending takes at most floor(weight * samples) + 1 from a source: it always serves the largest deficit.
     sources: list[Epochs] = []
     reports: list[PackingReport] = []

@@ -59,7 +59,7 @@ def _source(entry: BlendEntry, vocab: int) -> dict[str, Any]:
     loss = with_suffix(entry.path, LOSS_SUFFIX)
     return {
         "path": str(entry.path),
-        "weight": entry.weight,
+        "weight": entry.share,
         "tokens": info.tokens,
         "documents": info.documents,
         "bin_bytes": info.bin_bytes,

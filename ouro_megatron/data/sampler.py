@@ -83,9 +83,9 @@ class MicrobatchReader:
         counts = getattr(self._dataset, "source_counts", None)
         return counts(start, end) if counts is not None else {}
 
-    def packing(self) -> list[tuple[str, PackingReport]]:
-        """Each packed source's name and what packing did to it; empty when the dataset cannot tell."""
-        return list(zip(getattr(self._dataset, "names", ()), getattr(self._dataset, "packing", ()), strict=False))
+    def packing(self) -> dict[str, PackingReport]:
+        """By source: how its documents were packed. Empty when they are a stream or the dataset cannot tell."""
+        return dict(zip(getattr(self._dataset, "names", ()), getattr(self._dataset, "packing", ()), strict=False))
 
     def close(self) -> None:
         """Ends the reading thread."""

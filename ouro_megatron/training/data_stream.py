@@ -17,15 +17,21 @@ class DataStream:
     """
 
     def __init__(
-        self, open_reader: Callable[[int], MicrobatchReader], samples: int, windows: Sequence[Window] = ()
+        self,
+        open_reader: Callable[[int], MicrobatchReader],
+        first: int,
+        samples: int,
+        windows: Sequence[Window] = (),
     ) -> None:
+        """`samples` samples from number `first` of the blend on, apart from `windows`."""
         self._open = open_reader
+        self._first = first
         self._samples = samples
         self.windows = tuple(windows)
         self._reader = self._reopen()
 
     def _reopen(self) -> MicrobatchReader:
-        return self._open(self._samples + sum(window.samples for window in self.windows))
+        return self._open(self._first + self._samples + sum(window.samples for window in self.windows))
 
     def leave_out(self, windows: Sequence[Window]) -> None:
         """From now on `windows` are the samples left out. All ranks call it together."""
@@ -34,8 +40,8 @@ class DataStream:
         self._reader = self._reopen()
 
     def position(self, consumed: int) -> int:
-        """The blend's sample that comes after `consumed` used ones."""
-        return position(self.windows, consumed)
+        """The blend's sample that comes after `consumed` ones of this stage."""
+        return position(self.windows, self._first + consumed)
 
     def step(self, before: BatchPoint) -> list[Microbatch]:
         """This rank's microbatches of the step that `before` describes."""
@@ -56,8 +62,8 @@ class DataStream:
             start = self.position(consumed)
         return counts
 
-    def packing(self) -> list[tuple[str, PackingReport]]:
-        """Each source's name and what packing did to it; empty for a stream."""
+    def packing(self) -> dict[str, PackingReport]:
+        """By source: how its documents were packed. Empty when they are a stream."""
         return self._reader.packing()
 
     def close(self) -> None:
