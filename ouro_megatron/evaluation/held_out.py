@@ -81,9 +81,8 @@ def loop_losses(lm: LoopLM, objective: ObjectiveSection, batch: dict[str, torch.
         training=False,
     )
     tokens_bs = batch["tokens_bs"]
-    documents = DocumentBounds.of(batch["positions_bs"], context.device) if "positions_bs" in batch else None
-    positions = torch.arange(tokens_bs.shape[1], device=context.device) if documents is None else documents.positions_sb
-    rotary = lm.rotary(positions)
+    documents = DocumentBounds.of_batch(batch, context.device)
+    rotary = lm.rotary_of(tokens_bs.shape[1], documents)
     h_sbh = lm.embed(tokens_bs)
     for _ in range(loops):
         h_sbh = lm.run_layers(h_sbh, rotary, documents=documents)

@@ -41,9 +41,12 @@ def held_out_batches(
 
 def _from_pairs(model: InferenceModel, blend: list[BlendEntry], sequences: int, length: int) -> Iterator[Batch]:
     recipe = model.recipe
+    # Another length or other data may hold documents that the recipe's do not: they are cut, not refused.
+    long = recipe.data.long_documents if recipe.data.packing == "none" else recipe.data.long_documents or "split"
+    changes = {"validation": blend, "sequence_length": length, "long_documents": long}
     with tempfile.TemporaryDirectory(prefix="ouro-indices-") as cache:
         dataset = build_dataset(
-            recipe.data.model_copy(update={"validation": blend, "sequence_length": length}),
+            recipe.data.model_copy(update=changes),
             samples=sequences,
             seed=recipe.training.seed,
             tokenizer=model.tokenizer,

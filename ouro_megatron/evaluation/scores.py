@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ouro_megatron.errors import RecipeError
+from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.looplm import LoopLM
 from ouro_megatron.objective.exit import exit_log_probs
 
@@ -59,14 +60,17 @@ def refuse_unsupported_layout(lm: LoopLM) -> None:
 
 
 @torch.inference_mode()
-def loop_states(lm: LoopLM, tokens_bs: Tensor, loops: int) -> Iterator[Tensor]:
-    """h_1 .. h_T, the normed states [s, b, h] after each loop, for whole sequences from position 0."""
+def loop_states(lm: LoopLM, tokens_bs: Tensor, loops: int, documents: DocumentBounds | None = None) -> Iterator[Tensor]:
+    """h_1 .. h_T, the normed states [s, b, h] after each loop, for whole sequences from position 0.
+
+    With `documents` each sees itself only.
+    """
     refuse_unsupported_layout(lm)
     tokens_bs = tokens_bs.to(lm.context.device)
-    rotary = lm.rotary(torch.arange(tokens_bs.shape[1], device=lm.context.device))
+    rotary = lm.rotary_of(tokens_bs.shape[1], documents)
     h_sbh = lm.embed(tokens_bs)
     for _ in range(loops):
-        h_sbh = lm.run_layers(h_sbh, rotary)
+        h_sbh = lm.run_layers(h_sbh, rotary, documents=documents)
         yield h_sbh
 
 
@@ -91,7 +95,8 @@ def score_tokens(lm: LoopLM, batches: Iterable[Batch], loops: int) -> TokenScore
         counted_n = batch["loss_mask_bs"].to(lm.context.device).t().reshape(-1) > 0
         labels_n = labels_bs.t().reshape(-1)[counted_n]
         rows = []
-        for h_sbh in loop_states(lm, tokens_bs, loops):
+        documents = DocumentBounds.of_batch(batch, lm.context.device)
+        for h_sbh in loop_states(lm, tokens_bs, loops, documents):
             h_nh = h_sbh.reshape(-1, h_sbh.shape[-1])[counted_n]
             gate_n = lm.gate_logits(h_nh[:, None]).reshape(-1)
             rows.append((*label_scores(lm, h_nh, labels_n), gate_n))

@@ -1,5 +1,6 @@
 """Documents that lie in one sequence and must not see each other: block-diagonal causal attention without a mask."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,11 @@ class DocumentBounds:
     longest: int
     qkv_format = "sbhd"
     """Tells Megatron's attention to leave shapes and angles alone: the core cuts the documents."""
+
+    @classmethod
+    def of_batch(cls, batch: Mapping[str, Tensor], device: torch.device) -> "DocumentBounds | None":
+        """From `positions_bs` of what a MicrobatchReader yields; None where data has no document mask."""
+        return cls.of(batch["positions_bs"], device) if "positions_bs" in batch else None
 
     @classmethod
     def of(cls, positions_bs: Tensor, device: torch.device) -> "DocumentBounds":

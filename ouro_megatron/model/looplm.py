@@ -133,6 +133,12 @@ class LoopLM(MegatronModule):
         """RoPE angles for positions [s] or [s, b], the same in every loop; see `rotary_embedding`."""
         return rotary_embedding(positions_s, head_dim(self.model), self.model.rope_base)
 
+    def rotary_of(self, length: int, documents: DocumentBounds | None) -> Tensor:
+        """RoPE angles for whole sequences of `length` tokens, which begin anew with each of `documents`."""
+        if documents is not None:
+            return self.rotary(documents.positions_sb)
+        return self.rotary(torch.arange(length, device=self.context.device))
+
     def run_layers(
         self,
         h_sbh: Tensor,

@@ -36,7 +36,7 @@ class Microbatch:
     def of(cls, batch: dict[str, Tensor]) -> "Microbatch":
         """From what a MicrobatchReader yields."""
         tokens_bs = batch["tokens_bs"]
-        documents = DocumentBounds.of(batch["positions_bs"], tokens_bs.device) if "positions_bs" in batch else None
+        documents = DocumentBounds.of_batch(batch, tokens_bs.device)
         return cls(tokens_bs, batch["labels_bs"], batch["loss_mask_bs"], documents)
 
 
@@ -312,10 +312,11 @@ class _LoopedForward:
 
     def _angles(self, batch: Microbatch) -> Tensor:
         """RoPE's: those of plain rows are kept for the step, packed documents have their own in each microbatch."""
+        length = batch.tokens_bs.shape[1]
         if batch.documents is not None:
-            return self._lm.rotary(batch.documents.positions_sb)
+            return self._lm.rotary_of(length, batch.documents)
         if self._rotary is None:
-            self._rotary = self._lm.rotary(torch.arange(batch.tokens_bs.shape[1], device=self._engine.context.device))
+            self._rotary = self._lm.rotary_of(length, None)
         return self._rotary
 
     def _add_loss(self, index: int, batch: Microbatch, h_sbh: Tensor, *, leaves: bool) -> Tensor:

@@ -12,7 +12,8 @@ from ouro_megatron.checkpoint.state import RunState, read_state, tokens_in_all
 from ouro_megatron.cluster.pipeline import Pipeline, load_pipeline
 from ouro_megatron.cluster.status import status
 from ouro_megatron.cluster.submit import plan, run_here
-from ouro_megatron.data.indexed import check_prefix
+from ouro_megatron.data.indexed import read_index
+from ouro_megatron.data.packing import packing_report
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.telemetry.metrics_file import read_records
 from ouro_megatron.telemetry.records import EventRecord, StepRecord
@@ -113,7 +114,9 @@ def test_the_gate_stage_leaves_the_language_model_alone(chain: Pipeline, size: s
 def test_sft_counts_in_epochs(chain: Pipeline) -> None:
     recipe = Recipe.model_validate(state_of(chain, "1.4b-8-reasoning-sft").recipe)
     shares = [entry.share for entry in recipe.data.train]
-    assert shares == [check_prefix(entry.path, 128).tokens for entry in recipe.data.train], "weights by tokens"
+    lengths = [read_index(entry.path).lengths for entry in recipe.data.train]
+    packed = [packing_report(each, 256, "best_fit", "truncate").sequences for each in lengths]
+    assert shares == [256 * sequences for sequences in packed], "weights by tokens, padding included"
     assert steps_of(chain, "1.4b-8-reasoning-sft")[-1].tokens == 2 * 2048
 
 

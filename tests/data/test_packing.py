@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.writer import PairWriter
+from ouro_megatron.data.complete import complete
 from ouro_megatron.data.dataset import SampleDataset, build_dataset
 from ouro_megatron.data.fingerprint import blend_fingerprint, check_fingerprint
 from ouro_megatron.data.packing import LongDocuments, PackedBlock, Packing, PackingReport, pack
 from ouro_megatron.data.tokenizer import load_tokenizer
 from ouro_megatron.errors import DataError
+from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import DataSection
-from tests.tiny import write_tokenizer
+from tests.tiny import tiny_recipe, write_tokenizer
 
 LONG: list[LongDocuments] = ["truncate", "split", "drop"]
 
@@ -243,3 +245,21 @@ def test_data_that_cannot_be_packed_is_named(folder: Path, tmp_path: Path) -> No
             writer.add([0])
     with pytest.raises(DataError, match=r"ends: none of its 3 documents can be packed: .*3 of fewer than two tokens"):
         build(folder, 5, train=[{"path": tmp_path / "ends", "weight": 1}])
+
+
+def test_a_budget_of_two_epochs_reads_every_document_twice(folder: Path) -> None:
+    """Two sources of other sizes without weights, and padding: both are read twice, to a sequence."""
+    with PairWriter(folder / "few", np.dtype("<u2")) as writer:
+        for number in range(31):
+            writer.add([number % 96 + 1] * (number + 2))
+    train = [{"path": str(folder / "talks"), "weight": None}, {"path": str(folder / "few"), "weight": None}]
+    data = {"train": train, "validation": [], "packing": "best_fit", "sequence_length": 64}
+    data["tokenizer"] = str(folder / "tokenizer")
+    recipe = tiny_recipe(folder, data=data, budget={"total": None, "epochs": 2}, batch={"global_tokens": 64})
+    filled = complete(recipe)
+    samples = BatchPlan(filled).total_samples
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    dataset = build_dataset(filled.data, samples=samples, seed=3, tokenizer=tokenizer, cache=None, split_name="train")
+    sequences = [report.sequences for report in dataset.packing]
+    assert samples == 2 * sum(sequences)
+    assert list(dataset.counts().values()) == pytest.approx([2 * count for count in sequences], abs=1)

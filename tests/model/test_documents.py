@@ -124,7 +124,7 @@ def peak_of_a_long_step(lengths: tuple[int, ...]) -> tuple[float, float]:
     """MiB that one training step on 64K tokens adds to the process at most, and its loss."""
     context = create_context(ParallelSection())
     model = ModelSection(layers=1, hidden=32, heads=2, ffn=32, vocab=64, loops=2, rope_base=1e6)
-    lm = LoopLM(model, context, recompute="full")
+    lm = LoopLM(model, context)
     initialise(lm, seed=1)
     engine = Engine(lm, context, ObjectiveSection(), OptimizerSection(lr=1e-3), loops=2)
     engine.adopt_weights()
@@ -140,6 +140,6 @@ def peak_of_a_long_step(lengths: tuple[int, ...]) -> tuple[float, float]:
 @pytest.mark.slow
 def test_64k_tokens_need_no_mask() -> None:
     """A boolean mask alone would take 4 GiB; activations of this model are about 8 MiB a tensor."""
-    (packed, loss), *_ = run_ranks(peak_of_a_long_step, 1, (40_000, 1, 20_000, 5_535), timeout=280)
+    (packed, loss), *_ = run_ranks(peak_of_a_long_step, 1, (24_000, 1, 20_000, 21_535), timeout=290)
     assert np.isfinite(loss)
-    assert packed < 512
+    assert packed < 1024
