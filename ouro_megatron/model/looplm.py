@@ -23,7 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from ouro_megatron.model.attention import CacheSlot, rotary_embedding
+from ouro_megatron.model.attention import rotary_embedding
 from ouro_megatron.model.config import head_dim, transformer_config
 from ouro_megatron.model.layer import block_spec
 from ouro_megatron.model.layout import Split, split_of, take_shard, whole_shape
@@ -132,23 +132,13 @@ class LoopLM(MegatronModule):
         """RoPE angles for these positions, the same in every loop; see `rotary_embedding`."""
         return rotary_embedding(positions_s, head_dim(self.model), self.model.rope_base)
 
-    def run_layers(self, h_sbh: Tensor, rotary: Tensor, slots: list[CacheSlot] | None = None, loop: int = 0) -> Tensor:
+    def run_layers(self, h_sbh: Tensor, rotary: Tensor, loop: int = 0) -> Tensor:
         """One visit of this rank's layers: [s, b, h] -> [s, b, h], with the final norm on the last pipeline rank.
 
         `loop` counts from 0; with `recompute_loops` = k loops k and later keep their activations.
-        `slots`, one a layer of this rank, are the cache entries of the current loop when decoding.
         """
         self._choose_recomputation(loop)
-        if slots is None:
-            return self.decoder(hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary)
-        holders = [layer.self_attention.core_attention.holder for layer in self.decoder.layers]
-        for holder, slot in zip(holders, slots, strict=True):
-            holder.slot = slot
-        try:
-            return self.decoder(hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary)
-        finally:
-            for holder in holders:
-                holder.slot = None
+        return self.decoder(hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary)
 
     def _choose_recomputation(self, loop: int) -> None:
         mode = self._recompute
