@@ -54,8 +54,8 @@ def test_prompts_from_a_file_as_json(folder: Path, tmp_path: Path, tensor: int) 
 
 def test_one_prompt_is_shown_with_its_depths(folder: Path, tmp_path: Path) -> None:
     samples = tmp_path / "samples.json"
-    options = "--max-tokens 5 --exit q=0.5 --depths --dtype bf16 --cache average --max-loops 6".split()
-    result = run("generate", str(folder), "--prompt", "ab", *options, "--save", str(samples))
+    options = ["--max-tokens", "5", "--exit", "q=0.5", "--max-loops", "6", "--cache", "average", "--dtype", "bf16"]
+    result = run("generate", str(folder), "--prompt", "ab", *options, "--depths", "--save", str(samples))
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("ab")
     assert re.search(r"5 tokens, mean depth \d\.\d\d of 6", result.stdout)
