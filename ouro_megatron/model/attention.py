@@ -10,6 +10,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from ouro_megatron.model.documents import DocumentBounds, document_attention
+
 
 class ScaledDotProductAttention(MegatronModule):
     """Drop-in for Megatron's DotProductAttention: causal, grouped key/value heads, no dropout."""
@@ -34,7 +36,12 @@ class ScaledDotProductAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """query [s, b, n, d], key and value [s, b, g, d] (g divides n) -> context [s, b, n*d]."""
+        """query [s, b, n, d], key and value [s, b, g, d] (g divides n) -> context [s, b, n*d].
+
+        `packed_seq_params`: DocumentBounds, when the documents of the batch must not see each other.
+        """
+        if isinstance(packed_seq_params, DocumentBounds):
+            return document_attention(query, key, value, packed_seq_params).flatten(2)
         context_bnsd = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
