@@ -134,6 +134,10 @@ class Leader:
             time.sleep(0.2)  # so that the peer's end is seen
             cause = self._followers.failure() if self._followers else None
             raise InferenceError(f"{cause or f'a tensor-parallel rank is gone ({error})'}; start again") from error
+        except BaseException:
+            # Interrupted in the middle: the others wait for the rest, and nothing else can be said to them.
+            self._failed = True
+            raise
 
 
 def follow(runner: Runner, context: ParallelContext) -> None:

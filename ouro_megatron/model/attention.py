@@ -1,7 +1,7 @@
-"""Attention core: torch's scaled_dot_product_attention behind Megatron-Core's interface, with a cache for decoding."""
+"""Attention core: torch's scaled_dot_product_attention behind Megatron-Core's interface, for training and evaluation
+(decoding has its own, in `inference`)."""
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +11,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ouro_megatron.model.documents import DocumentBounds, document_attention
-
-
-class CacheSlot(Protocol):
-    """Keys and values of one (loop, layer): appends the new ones and returns all of them, plus what may be seen."""
-
-    def extend(self, key_sbnd: Tensor, value_sbnd: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns all keys and values [total, b, n, d] and a bool mask [b, 1, s, total], or None for plain causal."""
-
-
-@dataclass
-class SlotHolder:
-    """Where the model puts the cache slot for the layer call that follows; None while training."""
-
-    slot: CacheSlot | None = None
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -39,7 +25,6 @@ class ScaledDotProductAttention(MegatronModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
-        self.holder = SlotHolder()
 
     def forward(
         self,
@@ -57,15 +42,12 @@ class ScaledDotProductAttention(MegatronModule):
         """
         if isinstance(packed_seq_params, DocumentBounds):
             return document_attention(query, key, value, packed_seq_params).flatten(2)
-        mask = attention_mask
-        if self.holder.slot is not None:
-            key, value, mask = self.holder.slot.extend(key, value)
         context_bnsd = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            is_causal=mask is None and query.shape[0] > 1,
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None and query.shape[0] > 1,
             enable_gqa=query.shape[2] != key.shape[2],
         )
         s, b, n, d = query.shape

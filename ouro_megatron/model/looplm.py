@@ -23,7 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from ouro_megatron.model.attention import CacheSlot, rotary_embedding
+from ouro_megatron.model.attention import rotary_embedding
 from ouro_megatron.model.config import head_dim, transformer_config
 from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.layer import block_spec
@@ -140,32 +140,17 @@ class LoopLM(MegatronModule):
         return self.rotary(torch.arange(length, device=self.context.device))
 
     def run_layers(
-        self,
-        h_sbh: Tensor,
-        rotary: Tensor,
-        slots: list[CacheSlot] | None = None,
-        loop: int = 0,
-        documents: DocumentBounds | None = None,
+        self, h_sbh: Tensor, rotary: Tensor, loop: int = 0, documents: DocumentBounds | None = None
     ) -> Tensor:
         """One visit of this rank's layers: [s, b, h] -> [s, b, h], with the final norm on the last pipeline rank.
 
-        `loop` counts from 0; with `recompute_loops` = k loops k and later keep their activations.
-        `slots`, one a layer of this rank, are the cache entries of the current loop when decoding. With `documents`
+        `loop` counts from 0; with `recompute_loops` = k loops k and later keep their activations. With `documents`
         each attends to itself only; `rotary` must be of their positions.
         """
         self._choose_recomputation(loop)
-        if slots is None:
-            return self.decoder(
-                hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=documents
-            )
-        holders = [layer.self_attention.core_attention.holder for layer in self.decoder.layers]
-        for holder, slot in zip(holders, slots, strict=True):
-            holder.slot = slot
-        try:
-            return self.decoder(hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary)
-        finally:
-            for holder in holders:
-                holder.slot = None
+        return self.decoder(
+            hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=documents
+        )
 
     def _choose_recomputation(self, loop: int) -> None:
         mode = self._recompute

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from tests.reference.looplm import Attention, ReferenceLoopLM, rotate
+from tests.reference.looplm import Attention, Layer, ReferenceLoopLM, rotate
 
 KeyValue = tuple[Tensor, Tensor]
 """[g, d] each, the key rotated."""
@@ -43,6 +43,7 @@ class Stepwise:
     def _visit(self, h: Tensor, loop: int, prompt: bool) -> tuple[Tensor, list[KeyValue]]:
         own = []
         for index, layer in enumerate(self.reference.model.layers):
+            assert isinstance(layer, Layer)
             past = self.entries[loop][index] if prompt or self.cache == "all" else self.shared[index]
             out, pair = _attend(layer.self_attn, layer.input_layernorm(h), self.position, past)
             h = h + layer.input_layernorm_2(out)

@@ -13,7 +13,7 @@ from ouro_megatron.inference.attention import Segment
 from ouro_megatron.inference.cache import CachePolicy
 from ouro_megatron.inference.engine import Engine, EngineSettings
 from ouro_megatron.inference.exit_policy import ExitPolicy
-from ouro_megatron.inference.request import Request, Sampling
+from ouro_megatron.inference.request import Event, Request, Sampling
 from ouro_megatron.inference.runner import Finish, Mix, Read, Visited
 from ouro_megatron.inference.sequence import SkippedLoops
 
@@ -83,7 +83,7 @@ def test_any_traffic_ends_well(todo: list[object], slots: int, prefill: int, for
     tokens: dict[int, int] = {}
     asked: dict[int, Request] = {}
 
-    def take(events: list) -> None:  # type: ignore[type-arg]
+    def take(events: list[Event]) -> None:
         for event in events:
             assert ends[event.request_id] == 0, "something came after the end"
             tokens[event.request_id] += event.token is not None

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from ouro_megatron.data.tokenizer import TextTokenizer
 from ouro_megatron.errors import OuroError, RequestError
@@ -188,8 +189,15 @@ class Server:
         self._exchanges.add(exchange)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return StreamingResponse(self._stream(exchange, answer, usage), media_type="text/event-stream")
-        return await self._whole(http, exchange, answer)
+            return _Stream(self._stream(exchange, answer, usage), lambda: self._close(exchange))
+        try:
+            return await self._whole(http, exchange, answer)
+        finally:
+            self._close(exchange)
+
+    def _close(self, exchange: Exchange) -> None:
+        exchange.close()
+        self._exchanges.discard(exchange)
 
     async def _whole(self, http: HttpRequest, exchange: Exchange, answer: Answer) -> Response:
         async def collect() -> None:
@@ -202,35 +210,44 @@ class Server:
 
         collecting, leaving = asyncio.create_task(collect()), asyncio.create_task(gone())
         try:
-            with exchange:
-                await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-                if not collecting.done():
-                    raise ClientDisconnect
-                collecting.result()
-                return JSONResponse(answer.whole())
+            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                raise ClientDisconnect
+            collecting.result()
+            return JSONResponse(answer.whole())
         finally:
             collecting.cancel()
             leaving.cancel()
-            self._exchanges.discard(exchange)
 
     async def _stream(self, exchange: Exchange, answer: Answer, usage: bool) -> AsyncIterator[str]:
         """Server-sent events. Cancelled by the framework when the client is gone."""
         try:
-            with exchange:
-                for index in range(len(answer.choices)):
-                    opening = answer.opening(index)
-                    if opening is not None:
-                        yield _event(opening)
-                async for index, event in exchange.events():
-                    answer.choices[index].add(event)
-                    yield _event(answer.chunk(index, event))
-                if usage:
-                    yield _event(answer.usage_chunk())
+            for index in range(len(answer.choices)):
+                opening = answer.opening(index)
+                if opening is not None:
+                    yield _event(opening)
+            async for index, event in exchange.events():
+                answer.choices[index].add(event)
+                yield _event(answer.chunk(index, event))
+            if usage:
+                yield _event(answer.usage_chunk())
         except ApiError as error:
             yield _event(error.body)
-        finally:
-            self._exchanges.discard(exchange)
         yield "data: [DONE]\n\n"
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events that are cleaned up after even when the client was gone before the first."""
+
+    def __init__(self, content: AsyncIterator[str], close: Callable[[], None]) -> None:
+        super().__init__(content, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from ouro_megatron.inference.service import EngineService, Receiver
 
 
 class Exchange:
-    """The open requests behind one HTTP request. Leaving the `with` block ends what is not finished."""
+    """The open requests behind one HTTP request; `close` it when the answer is sent or nobody wants it any more."""
 
     def __init__(self, service: EngineService, requests: list[Request], timeout: float) -> None:
         """Raises what `EngineService.submit` raises."""
@@ -21,10 +21,8 @@ class Exchange:
         self._timeout = timeout
         self._tickets = service.submit([(item, self._receiver(index)) for index, item in enumerate(requests)])
 
-    def __enter__(self) -> "Exchange":
-        return self
-
-    def __exit__(self, *unused: object) -> None:
+    def close(self) -> None:
+        """Ends what is not finished."""
         for index in self._open:
             self._service.cancel(self._tickets[index])
         self._open = set()

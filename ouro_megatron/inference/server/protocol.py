@@ -37,7 +37,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
-    temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = 1.0
     top_k: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = 1
@@ -132,7 +132,7 @@ def engine_requests(
             max_tokens,
             policy,
             own.max_loops,
-            Sampling(body.temperature, body.top_k, body.top_p, seed + choice),
+            Sampling(1.0 if body.temperature is None else body.temperature, body.top_k, body.top_p, seed + choice),
             body.stops(),
             stop_ids,
             logprobs,
