@@ -43,6 +43,12 @@ class DashboardError(OuroError):
     exit_code = 6
 
 
+class ClusterError(OuroError):
+    """Jobs that cannot be submitted as they are. Lists every problem found, one a line."""
+
+    exit_code = 8
+
+
 class RequestError(OuroError):
     """A request for text that cannot be served as it is: a prompt too long, a setting out of range."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ouro_megatron.checkpoint.folder import STATE, write_json
+from ouro_megatron.data.skipping import position, windows_of
 from ouro_megatron.errors import CheckpointError
 
 FORMAT = 1
@@ -13,15 +14,20 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One entry of a model's history: a finished stage, or an upcycling in between."""
+    """One entry of a model's history: a finished stage, or an upcycling or averaging in between."""
 
     name: str
     kind: str
-    """"training", "upcycle" or "import"."""
+    """"training", "upcycle", "average" or "import"."""
     steps: int
     tokens: int
     detail: str
     """For people: layers, loops, sequence length, or how layers were copied."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Of a training stage: what its recipe said of loops, RoPE base, batch, rate, objective and blend, and what it took
+    over. Empty in histories written before this was recorded."""
+    checkpoint: str | None = None
+    """Where the next one took over from."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +51,23 @@ class RunState:
     """The resolved recipe as plain values."""
     fingerprint: dict[str, Any]
     """Of the data blend; see data/fingerprint.py."""
+    first_sample: int = 0
+    """Where in the blend this stage began; `next_sample` is where it goes on."""
     history: list[StageRecord] = field(default_factory=list)
     """Stages before this one, first to last."""
     health: dict[str, Any] = field(default_factory=dict)
     """Skipped updates in a row, the window that outliers are judged by, and rollbacks; see training/progress.py."""
     pending_evaluation: bool = False
     """A stop interrupted the evaluation that was due at this step: it is made up for when the run goes on."""
-    origin: Literal["training", "upcycle", "import"] = "training"
-    """`upcycle`, `import`: made from another model; its counters are those of a stage that has not begun."""
+    origin: Literal["training", "upcycle", "average", "import"] = "training"
+    """Others than `training`: made from another model or several; its counters are those of a stage not begun."""
     format: int = FORMAT
+
+    @property
+    def next_sample(self) -> int:
+        """The blend's sample that comes next, those that rollbacks left out not counted as consumed."""
+        windows = windows_of((entry["start"], entry["end"]) for entry in self.health.get("rollbacks", []))
+        return position(windows, self.first_sample + self.samples)
 
 
 def write_state(folder: Path, state: RunState) -> None:
@@ -73,18 +87,53 @@ def read_state(folder: Path) -> RunState:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def history_with(state: RunState) -> list[StageRecord]:
-    """The history a stage begins with when it starts from this checkpoint: all before it, and its own stage."""
-    if state.origin != "training":  # its history ends with the upcycling or import already
+def history_with(state: RunState, folder: Path | None = None) -> list[StageRecord]:
+    """The history a stage begins with when it starts from this checkpoint at `folder`: all before it, and its own
+    stage."""
+    if state.origin != "training":  # its history ends with how it was made already
         return list(state.history)
+    return [*state.history, record_of(state, folder)]
+
+
+def record_of(state: RunState, folder: Path | None = None) -> StageRecord:
+    """The stage a checkpoint is of, as an entry of the history."""
     model, data = state.recipe["model"], state.recipe["data"]
     detail = f"{model['layers']} layers x {model['loops']} loops, sequence {data['sequence_length']}"
     if state.skipped_steps:
         detail += f", {state.skipped_steps} updates skipped"
-    rollbacks = state.health.get("rollbacks", [])
+    rollbacks = len(state.health.get("rollbacks", []))
     if rollbacks:
-        detail += f", {len(rollbacks)} rollbacks"
-    return [*state.history, StageRecord(state.recipe["name"], "training", state.step, state.tokens, detail)]
+        detail += f", {rollbacks} rollback{'s' if rollbacks > 1 else ''}"
+    where = None if folder is None else str(folder)
+    return StageRecord(
+        state.recipe["name"], "training", state.step, state.tokens, detail, stage_facts(state.recipe), where
+    )
+
+
+def stage_facts(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What a lineage tells of a stage, from its recipe as plain values."""
+    model, training, batch, init = recipe["model"], recipe["training"], recipe["batch"], recipe.get("init", {})
+    early = [early["loops"] for early in training.get("early_loops", [])]
+    return {
+        "layers": model["layers"],
+        "loops": [*early, model["loops"]],
+        "rope_base": model["rope_base"],
+        "sequence_length": recipe["data"]["sequence_length"],
+        "global_tokens": [batch["global_tokens"], *(point["global_tokens"] for point in batch.get("ramp", []))],
+        "lr": recipe["optimizer"]["lr"],
+        "min_lr": recipe["schedule"]["min_lr"],
+        "schedule": recipe["schedule"]["kind"],
+        "objective": recipe["objective"]["kind"],
+        "beta": recipe["objective"]["beta"],
+        "optimizer_carried": bool(init.get("optimizer")),
+        "data_position_carried": bool(init.get("data_position")),
+        "blend": {entry.get("name") or Path(entry["path"]).name: entry["weight"] for entry in recipe["data"]["train"]},
+    }
+
+
+def tokens_in_all(state: RunState) -> int:
+    """Tokens of all stages up to this checkpoint."""
+    return state.tokens + sum(record.tokens for record in state.history)
 
 
 def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:

@@ -1,22 +1,19 @@
 """A deeper model from a trained one, by using its layers more than once (arXiv 2510.25741: 1.4B -> 2.6B, 24 -> 48)."""
 
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ouro_megatron.checkpoint.folder import mark_complete
 from ouro_megatron.checkpoint.save import describe
-from ouro_megatron.checkpoint.state import RunState, StageRecord, history_with, read_state, write_state
+from ouro_megatron.checkpoint.state import RunState, StageRecord, history_with, read_state
+from ouro_megatron.checkpoint.write import write_plain
 from ouro_megatron.errors import CheckpointError
-from ouro_megatron.parallel.platform import write_checkpoints_without_helpers
 
 LayerMap = Literal["stack", "interleave"]
 _LAYER = re.compile(r"^(\w+\.decoder\.layers\.)(\d+)(\..+)$")
@@ -63,7 +60,7 @@ def upcycle(
         renamed = {
             name: tensor * residual_scale if _POST_NORM.match(name) else tensor for name, tensor in renamed.items()
         }
-    _write(renamed, _new_state(state, layers, kind, optimizer, residual_scale), target)
+    write_plain(renamed, _new_state(state, source, layers, kind, optimizer, residual_scale), target)
 
 
 def deepen(tensors: dict[str, Tensor], chosen: list[int], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -82,7 +79,9 @@ def deepen(tensors: dict[str, Tensor], chosen: list[int], wanted: Callable[[str]
     return result
 
 
-def _new_state(state: RunState, layers: int, kind: LayerMap, optimizer: bool, residual_scale: float) -> RunState:
+def _new_state(
+    state: RunState, source: Path, layers: int, kind: LayerMap, optimizer: bool, residual_scale: float
+) -> RunState:
     recipe: dict[str, Any] = {**state.recipe, "model": {**state.recipe["model"], "layers": layers}}
     scaled = "" if residual_scale == 1.0 else f", residual scale {residual_scale:g}"
     carried = "carried" if optimizer else "fresh"
@@ -93,27 +92,11 @@ def _new_state(state: RunState, layers: int, kind: LayerMap, optimizer: bool, re
         step=0,
         tokens=0,
         samples=0,
+        first_sample=state.next_sample,
         optimizer_steps=state.optimizer_steps if optimizer else 0,
         skipped_steps=0,
         seconds=0.0,
         recipe=recipe,
-        history=[*history_with(state), record],
+        history=[*history_with(state, source), record],
         origin="upcycle",
     )
-
-
-def _write(tensors: dict[str, Tensor], state: RunState, target: Path) -> None:
-    """Writes beside the target and moves it there when whole."""
-    write_checkpoints_without_helpers()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as partial:
-            folder = Path(partial) / "checkpoint"
-            folder.mkdir()
-            sharded = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors.items()}
-            dist_checkpointing.save(sharded, str(folder))
-            write_state(folder, state)
-            mark_complete(folder)
-            folder.replace(target)
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{target} could not be written: {describe(error)}") from error

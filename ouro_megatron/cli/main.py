@@ -11,7 +11,9 @@ from rich.markup import escape
 from ouro_megatron.cli.analyse import analyse
 from ouro_megatron.cli.benchmark import benchmark
 from ouro_megatron.cli.chat import chat
+from ouro_megatron.cli.checkpoint import checkpoint
 from ouro_megatron.cli.checkpoints import upcycle
+from ouro_megatron.cli.cluster import cancel, status, submit
 from ouro_megatron.cli.dashboard import dashboard
 from ouro_megatron.cli.data import data
 from ouro_megatron.cli.evaluation import evaluate
@@ -61,6 +63,10 @@ app.command()(export)
 app.command("import")(import_checkpoint)
 app.command()(report)
 app.command()(dashboard)
+app.command()(submit)
+app.command()(status)
+app.command()(cancel)
+app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(analyse, name="analyse")
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")

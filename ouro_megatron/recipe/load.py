@@ -1,12 +1,13 @@
 """Reads recipe files: YAML, `extends`, command-line overrides, and errors that name file, key and the nearest name."""
 
+import copy
 import difflib
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from ouro_megatron.errors import RecipeError
 from ouro_megatron.recipe.schema import Recipe
 
+SectionT = TypeVar("SectionT", bound=BaseModel)
 Origins = dict[str, str]
 """Key path ("batch.global_tokens") -> where its value comes from ("stages/demo/base.yaml:12" or "command line")."""
 
@@ -68,6 +70,13 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = value
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `base` with `over` merged in as `extends` does: mappings key by key, all else replaced."""
+    result = copy.deepcopy(dict(base))
+    _merge(result, copy.deepcopy(dict(over)))
+    return result
 
 
 def _parse(text: str, origin: str) -> tuple[dict[str, Any], yaml.Node | None]:
@@ -151,7 +160,22 @@ def load_with_origins(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     """`load_recipe`, and for each key path that was set, the file and line or override it was set in."""
     layer = _read_file(path, ())
     layer.update(_override_layer(overrides))
-    return _validated(layer, str(path)), layer.origins
+    return _validated(layer, str(path), Recipe), layer.origins
+
+
+def load_section(path: Path | None, kind: type[SectionT], overrides: Sequence[str] = ()) -> SectionT:
+    """Like `load_recipe` for another kind of file: the same YAML, `extends`, overrides and error messages. Without a
+    path, of the overrides alone."""
+    layer = _read_file(path, ()) if path is not None else _Layer()
+    layer.update(_override_layer(overrides))
+    return _validated(layer, str(path or "command line"), kind)
+
+
+def recipe_from_values(values: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from plain values with `key.path=value` overrides on top. Raises RecipeError naming `origin`."""
+    layer = _Layer(dict(values), {})
+    layer.update(_override_layer(overrides))
+    return _validated(layer, origin, Recipe)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -166,7 +190,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def recipe_from_text(text: str, origin: str) -> Recipe:
     """A recipe from YAML text without `extends`, such as `dump_recipe` makes. Raises RecipeError naming `origin`."""
     values, node = _parse(text, origin)
-    return _validated(_Layer(values, dict(_leaves(node, origin))), origin)
+    return _validated(_Layer(values, dict(_leaves(node, origin))), origin, Recipe)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -195,19 +219,19 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield path, value
 
 
-def _validated(layer: _Layer, name: str) -> Recipe:
+def _validated(layer: _Layer, name: str, kind: type[SectionT]) -> SectionT:
     try:
-        return Recipe.model_validate(layer.values)
+        return kind.model_validate(layer.values)
     except ValidationError as error:
-        lines = [_explain(item, layer.origins, name) for item in error.errors()]
+        lines = [_explain(item, layer.origins, name, kind) for item in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from error
 
 
-def _explain(item: Any, origins: Origins, name: str) -> str:
+def _explain(item: Any, origins: Origins, name: str, kind: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in item["loc"])
     origin = _origin_of(path, origins) or name
     if item["type"] == "extra_forbidden":
-        names = _known_names(item["loc"][:-1])
+        names = _known_names(item["loc"][:-1], kind)
         near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(names))}"
         return f"{origin}: unknown key {path}; {hint}"
@@ -229,9 +253,8 @@ def _origin_of(path: str, origins: Origins) -> str | None:
     return below[0] if below else None
 
 
-def _known_names(loc: tuple[Any, ...]) -> list[str]:
-    """Field names of the section at `loc`."""
-    model: type[BaseModel] = Recipe
+def _known_names(loc: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
+    """Field names of the section at `loc` of `model`."""
     for part in loc:
         if isinstance(part, int):
             continue

@@ -4,6 +4,7 @@ import bisect
 import math
 from dataclasses import dataclass
 
+from ouro_megatron.errors import RecipeError
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.recipe.spans import Span
 
@@ -46,6 +47,10 @@ class BatchPlan:
         self._segments = segments
         self._first_steps = [segment.first_step for segment in segments]
         total = recipe.budget.total
+        if total is None:
+            raise RecipeError(
+                "budget.total is not known: budget.epochs counts the tokens of data.train, read them first"
+            )
         if total.steps is not None:
             self.total_steps = total.steps
         else:
@@ -66,6 +71,15 @@ class BatchPlan:
         consumed = segment.first_sample + (step - segment.first_step) * segment.samples
         return BatchPoint(step, consumed, consumed * self._sequence, segment.samples, segment.samples * self._sequence)
 
+    def first_step_at(self, span: Span) -> int:
+        """Steps before the first one that starts at or after `span` from the stage's start."""
+        if span.steps is not None:
+            return span.steps
+        assert span.tokens is not None
+        tokens = span.tokens
+        segment = next(s for s in reversed(self._segments) if s.first_sample * self._sequence <= tokens)
+        return _steps_until(segment, span, self._sequence)
+
     def tokens_of(self, span: Span) -> int:
         """A span from the stage's start in tokens: of the steps it counts when it counts steps."""
         if span.tokens is not None:
@@ -85,6 +99,18 @@ def _steps_until(segment: _Segment, span: Span, sequence: int) -> int:
 
 def _after(segment: _Segment, step: int, samples: int) -> _Segment:
     return _Segment(step, segment.first_sample + (step - segment.first_step) * segment.samples, samples)
+
+
+class LoopPlan:
+    """T, the loops of every step: `training.early_loops` one after the other, then `model.loops`."""
+
+    def __init__(self, recipe: Recipe, plan: BatchPlan) -> None:
+        self._last = recipe.model.loops
+        self._early = [(plan.first_step_at(early.until), early.loops) for early in recipe.training.early_loops]
+
+    def at(self, step: int) -> int:
+        """Loops of the step that `step` steps lie before."""
+        return next((loops for end, loops in self._early if step < end), self._last)
 
 
 class LRSchedule:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ouro_megatron.recipe.spans import Amount, Span
 
 PositiveInt = Annotated[int, Field(ge=1)]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Recompute = Literal["none", "selective", "full"]
@@ -54,9 +55,17 @@ class BlendEntry(Section):
     """One source of a blend: Megatron's .bin/.idx pair at `path` (without the suffix)."""
 
     path: Path
-    weight: PositiveFloat
+    weight: PositiveFloat | None = None
+    """Share of the tokens, relative to the others'. Left out in a whole blend: its number of tokens, filled in before
+    training."""
     name: str | None = None
     """Shown in logs and reports; the file name when absent."""
+
+    @property
+    def share(self) -> float:
+        """`weight`, in a recipe that was completed from its data."""
+        assert self.weight is not None, f"{self.path} has no weight yet"
+        return self.weight
 
 
 class DataSection(Section):
@@ -69,6 +78,18 @@ class DataSection(Section):
     """Folder for Megatron's sample indices; beside the run when absent."""
     mask_end_of_document: bool = False
     """Leave the label after an end-of-document token out of the loss."""
+    packing: Literal["none", "in_order", "best_fit"] = "none"
+    """`none`: documents follow each other and are cut at the sequence's end. `best_fit`: whole documents, put together
+    so that little padding is left. `in_order`: whole documents in the order they are stored in."""
+    document_mask: bool | None = None
+    """Documents in one sequence do not see each other, and positions begin anew; true when absent and `packing` is set.
+    """
+    long_documents: Literal["truncate", "split", "drop"] | None = None
+    """What packing does with documents longer than the sequence; when absent they are an error."""
+
+    @property
+    def masks_documents(self) -> bool:
+        return self.packing != "none" if self.document_mask is None else self.document_mask
 
 
 class ObjectiveSection(Section):
@@ -105,6 +126,12 @@ class ScheduleSection(Section):
     """LR at the end of `cosine` and `wsd`."""
 
 
+class EarlyLoops(Section):
+    loops: PositiveInt
+    until: Span
+    """Position in this stage from which the next entry, or `model.loops`, holds."""
+
+
 class RampPoint(Section):
     after: Span
     """Position in this stage from which `global_tokens` holds."""
@@ -121,8 +148,10 @@ class BatchSection(Section):
 
 
 class BudgetSection(Section):
-    total: Span
+    total: Span | None = None
     """Length of this stage: "3T", "20B tokens" or "1000 steps"."""
+    epochs: PositiveFloat | None = None
+    """Passes over all tokens of `data.train`, in place of `total`, which is filled in before training."""
 
 
 class ParallelSection(Section):
@@ -134,6 +163,9 @@ class ParallelSection(Section):
     """Layers of each pipeline rank, in order; when absent, balanced by FLOPs with the loss heads on the last rank."""
     data: PositiveInt | None = None
     """Data-parallel size; from the number of ranks when absent, checked against it when given."""
+    overlap: bool = False
+    """Reduce gradients while backward still runs and gather weights while the next forward does, over the data-parallel
+    group. The gate stage and one-loop models have nothing to hide and ignore it."""
     timeout_seconds: PositiveFloat = 600.0
     """A collective that waits longer ends the job with a message."""
 
@@ -151,6 +183,8 @@ class TrainingSection(Section):
     recompute_loops: PositiveInt | None = None
     """Recompute in loops 1 to this one only; in all loops when absent."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    early_loops: list[EarlyLoops] = []
+    """Loops used before `model.loops`, in order: T changes between steps once `until` is reached."""
     max_skipped_steps: PositiveInt = 10
     """Stop after this many consecutive steps whose loss or gradient was not finite."""
 
@@ -174,12 +208,24 @@ class HealthSection(Section):
 
 
 class InitSection(Section):
-    """Where the weights come from. Without `checkpoint` they are drawn from `training.seed`."""
+    """What this stage takes over. Without `checkpoint` and `stage` the weights are drawn from `training.seed`.
+
+    Weights and the history of stages always carry over; the schedule always begins afresh, as everything else that the
+    recipe states (loops, RoPE base, sequence length, beta, blend).
+    """
 
     checkpoint: Path | None = None
     """A checkpoint folder, or a folder of checkpoints (the newest complete one is taken)."""
+    stage: str | None = Field(default=None, pattern=_NAME)
+    """A stage by name: its run folder beside this one's. It must be finished, unlike a `checkpoint`."""
     optimizer: bool = False
-    """Carry Adam's moments over; schedule and data position start afresh in every stage."""
+    """Carry Adam's moments and its count of updates over."""
+    data_position: bool = False
+    """Go on in the same blend after the last sample that was read, instead of at its first."""
+
+    @property
+    def is_set(self) -> bool:
+        return self.checkpoint is not None or self.stage is not None
 
 
 class CheckpointSection(Section):
@@ -220,7 +266,7 @@ class LoggingSection(Section):
 class Recipe(Section):
     """One training stage."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=_NAME)
     run_dir: Path = Path("runs")
     """The run lives in run_dir/name."""
     model: ModelSection
@@ -242,3 +288,8 @@ class Recipe(Section):
     @property
     def run_folder(self) -> Path:
         return self.run_dir / self.name
+
+    @property
+    def init_path(self) -> Path | None:
+        """Where `init` takes the weights from; None for new ones."""
+        return self.run_dir / self.init.stage if self.init.stage is not None else self.init.checkpoint

@@ -15,11 +15,12 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
 
     With `world_size`, the number of ranks, the layout and the batch are checked against it. No file is touched.
     """
-    problems = [*_model(recipe.model), *_layout(recipe, world_size), *_sequence(recipe), *_objective(recipe)]
+    problems = [*_model(recipe.model), *_layout(recipe, world_size), *_sequence(recipe), *_packing(recipe)]
+    problems += _objective(recipe)
     problems += _health(recipe)
     batch_problems = list(_batch(recipe, world_size))
-    problems += batch_problems
-    if not batch_problems:  # the plan below divides by the batch
+    problems += [*batch_problems, *_data(recipe)]
+    if not batch_problems and recipe.budget.total is not None:  # the plan below divides by the batch
         problems += _schedule(recipe)
     if problems:
         raise RecipeError(f"recipe {recipe.name!r} cannot run:\n" + "\n".join(f"  {line}" for line in problems))
@@ -112,6 +113,21 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _packing(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.packing == "none" and data.long_documents is not None:
+        yield (
+            f"data.long_documents={data.long_documents} says what packing does with documents longer than the "
+            "sequence, but data.packing is none, which cuts all; set data.packing to best_fit or in_order, or remove it"
+        )
+    fp32 = recipe.precision.compute == "fp32"
+    if data.masks_documents and recipe.model.implementation == "transformer_engine" and fp32:
+        yield (
+            "a document mask (data.document_mask, data.packing) needs precision.compute=bf16 with "
+            "model.implementation=transformer_engine, whose attention over packed documents has no fp32; or use local"
+        )
+
+
 def _objective(recipe: Recipe) -> Iterator[str]:
     training = recipe.training
     if training.recompute_loops is not None:
@@ -122,10 +138,9 @@ def _objective(recipe: Recipe) -> Iterator[str]:
     if recipe.objective.kind == "gate":
         if recipe.model.loops < 2:
             yield "objective.kind=gate compares loops: model.loops must be at least 2"
-        if recipe.init.checkpoint is None:
-            yield "objective.kind=gate trains the gate of a finished model: set init.checkpoint"
-    if recipe.init.optimizer and recipe.init.checkpoint is None:
-        yield "init.optimizer=true carries the optimizer of init.checkpoint over, which is not set"
+        if not recipe.init.is_set:
+            yield "objective.kind=gate trains the gate of a finished model: set init.stage or init.checkpoint"
+    yield from _init(recipe)
     if recipe.optimizer.lr < recipe.schedule.min_lr:
         yield f"schedule.min_lr={recipe.schedule.min_lr:g} is above optimizer.lr={recipe.optimizer.lr:g}"
 
@@ -143,11 +158,26 @@ def _health(recipe: Recipe) -> Iterator[str]:
         yield "health.skip_spikes=true looks at nothing: set health.loss_deviations or health.grad_norm_deviations"
 
 
+def _init(recipe: Recipe) -> Iterator[str]:
+    init = recipe.init
+    if init.stage is not None and init.checkpoint is not None:
+        yield f"init.stage={init.stage} and init.checkpoint={init.checkpoint} both name where to start from; keep one"
+    if init.stage == recipe.name:
+        yield f"init.stage={init.stage} is this stage itself"
+    for field, wanted, what in (
+        ("init.optimizer", init.optimizer, "the optimizer"),
+        ("init.data_position", init.data_position, "the data position"),
+    ):
+        if wanted and not init.is_set:
+            yield f"{field}=true carries {what} of an earlier stage over, but neither init.stage nor init.checkpoint is set"
+
+
 def _batch(recipe: Recipe, world_size: int | None) -> Iterator[str]:
     parallel, length = recipe.parallel, recipe.data.sequence_length
     data = data_parallel_size(recipe, world_size)
     # The interleaved schedule hands microbatches round in groups of the pipeline's size.
-    group = parallel.pipeline if parallel.pipeline > 1 and recipe.model.loops > 1 else 1
+    loops = max([recipe.model.loops, *(early.loops for early in recipe.training.early_loops)])
+    group = parallel.pipeline if parallel.pipeline > 1 and loops > 1 else 1
     unit = length * recipe.batch.microbatch * data * group
     why = f"data.sequence_length {length} x batch.microbatch {recipe.batch.microbatch} x {data} data-parallel ranks"
     if group > 1:
@@ -161,6 +191,15 @@ def _batch(recipe: Recipe, world_size: int | None) -> Iterator[str]:
             yield f"{field}={value} is not a multiple of {unit} = {why}; {fits} would fit"
 
 
+def _data(recipe: Recipe) -> Iterator[str]:
+    if recipe.budget.total is None and recipe.budget.epochs is None:
+        yield "budget.total is missing: the stage's length in tokens or steps (or budget.epochs)"
+    for field, entries in (("train", recipe.data.train), ("validation", recipe.data.validation)):
+        without = [str(entry.path) for entry in entries if entry.weight is None]
+        if without and len(without) < len(entries):
+            yield f"data.{field}: {without[0]} has no weight, others do; give all a weight or none"
+
+
 def _schedule(recipe: Recipe) -> Iterator[str]:
     schedule = recipe.schedule
     plan = BatchPlan(recipe)
@@ -168,6 +207,7 @@ def _schedule(recipe: Recipe) -> Iterator[str]:
         yield "budget.total is 0: nothing to train"
         return
     yield from _ramp(recipe, plan)
+    yield from _early_loops(recipe, plan)
     if schedule.kind == "wsd" and schedule.decay is None:
         yield "schedule.kind=wsd needs schedule.decay, the length of its final decay"
     if schedule.kind != "wsd" and schedule.decay is not None:
@@ -206,3 +246,19 @@ def _ramp(recipe: Recipe, plan: BatchPlan) -> Iterator[str]:
         if position >= plan.total_tokens:
             yield f"batch.ramp.{index}.after={point.after} lies beyond budget.total ({recipe.budget.total})"
         previous = position
+
+
+def _early_loops(recipe: Recipe, plan: BatchPlan) -> Iterator[str]:
+    previous = 0
+    for index, early in enumerate(recipe.training.early_loops):
+        step = plan.first_step_at(early.until)
+        if step <= previous:
+            yield f"training.early_loops.{index}.until={early.until} does not come after the point before it"
+        if step >= plan.total_steps:
+            yield (
+                f"training.early_loops.{index}.until={early.until} is not before the end of budget.total "
+                f"({recipe.budget.total}): set model.loops={early.loops} instead, or lengthen the budget"
+            )
+        previous = step
+    if recipe.training.early_loops and recipe.objective.kind == "gate":
+        yield "training.early_loops: the gate is trained at one number of loops; remove it"

@@ -3,6 +3,8 @@
 Health, stopping and saving have files of their own: `health.py`, `stopping.py`, `checkpoints.py`.
 """
 
+from collections.abc import Callable
+
 from ouro_megatron.data.sampler import MicrobatchReader
 from ouro_megatron.objective.losses import LoopMeans
 from ouro_megatron.recipe.schedule import is_due
@@ -20,13 +22,19 @@ def loop_stats(means: LoopMeans) -> LoopStats:
 
 
 class Records:
-    """Writes a record of every step; only rank 0 has sinks."""
+    """Writes a record of every step; only rank 0 has sinks. A change of the loops between steps is an event."""
 
     def __init__(
-        self, sinks: Sinks | None, flops_per_token: float, peak_flops: float | None, rollbacks: Rollbacks
+        self,
+        sinks: Sinks | None,
+        flops_per_token: Callable[[int], float],
+        peak_flops: float | None,
+        rollbacks: Rollbacks,
     ) -> None:
+        """`flops_per_token`: of training with so many loops."""
         self._sinks = sinks
         self._flops = flops_per_token
+        self._loops: int | None = None
         self._peak = peak_flops
         self._rollbacks = rollbacks
         self._counted_to = 0
@@ -38,8 +46,11 @@ class Records:
     def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
         if self._sinks is None:
             return
-        means, rate = outcome.result.means, outcome.before.tokens / outcome.seconds
-        mfu = None if self._peak is None else rate * self._flops / (self._peak * trainer.context.world_size)
+        means, rate, loops = outcome.result.means, outcome.before.tokens / outcome.seconds, trainer.engine.loops
+        if self._loops not in (None, loops):
+            self._sinks.notify("loops", f"{self._loops} -> {loops} loops from step {trainer.progress.step} on")
+        self._loops = loops
+        mfu = None if self._peak is None else rate * self._flops(loops) / (self._peak * trainer.context.world_size)
         self._sinks.write(
             StepRecord(
                 step=trainer.progress.step,

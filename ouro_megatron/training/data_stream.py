@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from ouro_megatron.data.packing import PackingReport
 from ouro_megatron.data.sampler import MicrobatchReader
 from ouro_megatron.data.skipping import Window, position
 from ouro_megatron.recipe.schedule import BatchPoint
@@ -16,15 +17,21 @@ class DataStream:
     """
 
     def __init__(
-        self, open_reader: Callable[[int], MicrobatchReader], samples: int, windows: Sequence[Window] = ()
+        self,
+        open_reader: Callable[[int], MicrobatchReader],
+        first: int,
+        samples: int,
+        windows: Sequence[Window] = (),
     ) -> None:
+        """`samples` samples from number `first` of the blend on, apart from `windows`."""
         self._open = open_reader
+        self._first = first
         self._samples = samples
         self.windows = tuple(windows)
         self._reader = self._reopen()
 
     def _reopen(self) -> MicrobatchReader:
-        return self._open(self._samples + sum(window.samples for window in self.windows))
+        return self._open(self._first + self._samples + sum(window.samples for window in self.windows))
 
     def leave_out(self, windows: Sequence[Window]) -> None:
         """From now on `windows` are the samples left out. All ranks call it together."""
@@ -33,8 +40,8 @@ class DataStream:
         self._reader = self._reopen()
 
     def position(self, consumed: int) -> int:
-        """The blend's sample that comes after `consumed` used ones."""
-        return position(self.windows, consumed)
+        """The blend's sample that comes after `consumed` ones of this stage."""
+        return position(self.windows, self._first + consumed)
 
     def step(self, before: BatchPoint) -> list[Microbatch]:
         """This rank's microbatches of the step that `before` describes."""
@@ -55,6 +62,10 @@ class DataStream:
             start = self.position(consumed)
         return counts
 
+    def packing(self) -> dict[str, PackingReport]:
+        """By source: how its documents were packed. Empty when they are a stream."""
+        return self._reader.packing()
+
     def close(self) -> None:
         self._reader.close()
 
@@ -62,4 +73,4 @@ class DataStream:
 def read(reader: MicrobatchReader, first: int, samples: int) -> Iterator[Microbatch]:
     """This rank's microbatches of the global batch of `samples` samples that begins with sample `first`."""
     for batch in reader.step(first, samples):
-        yield Microbatch(batch["tokens_bs"], batch["labels_bs"], batch["loss_mask_bs"])
+        yield Microbatch.of(batch)

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from ouro_megatron.checkpoint.folder import newest, step_of
 from ouro_megatron.checkpoint.state import read_state
+from ouro_megatron.data.complete import complete
 from ouro_megatron.errors import STOPPED_EXIT_CODE, OuroError, TrainingError
 from ouro_megatron.recipe.load import dump_recipe
 from ouro_megatron.recipe.schedule import BatchPlan
@@ -55,10 +56,14 @@ def train(recipe: Recipe, nproc: int | None) -> int:
     adopt_slurm_environment()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         check_recipe(recipe, int(os.environ["WORLD_SIZE"]))
+        recipe = complete(recipe)
+        check_recipe(recipe, int(os.environ["WORLD_SIZE"]))
         with _recipe_file(recipe) as file:
             return run_worker(file)
     ranks = nproc or ranks_needed(recipe)
     check_recipe(recipe, ranks)
+    recipe = complete(recipe)
+    check_recipe(recipe, ranks)  # the schedule against a budget in epochs
     if _is_finished(recipe):
         print(
             f"{recipe.name} is finished: {recipe.run_folder / 'checkpoints'} holds its last step. "

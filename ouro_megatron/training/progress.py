@@ -12,6 +12,8 @@ class Progress:
     """Goes into every checkpoint. The data position follows from the step."""
 
     step: int = 0
+    first_sample: int = 0
+    """Where in the blend this stage began."""
     optimizer_steps: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -22,6 +24,7 @@ class Progress:
     def take(self, state: RunState) -> None:
         """Becomes what it was when `state` was saved."""
         self.step = state.step
+        self.first_sample = state.first_sample
         self.optimizer_steps = state.optimizer_steps
         self.skipped_steps = state.skipped_steps
         self.skipped_in_a_row = int(state.health.get("skipped_in_a_row", 0))

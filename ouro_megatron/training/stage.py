@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from ouro_megatron.parallel.position import Position
 from ouro_megatron.planning.flops import flops_per_token, parameter_counts, peak_flops
 from ouro_megatron.recipe.layers import balanced_layers
 from ouro_megatron.recipe.load import dump_recipe
-from ouro_megatron.recipe.schedule import BatchPlan
-from ouro_megatron.recipe.schema import BlendEntry, Recipe
+from ouro_megatron.recipe.schedule import BatchPlan, LoopPlan
+from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.recipe.validate import check_recipe
 from ouro_megatron.telemetry.git_state import git_state
 from ouro_megatron.telemetry.setup import standard_sinks
@@ -39,7 +40,7 @@ from ouro_megatron.training.data_stream import DataStream
 from ouro_megatron.training.engine import Engine
 from ouro_megatron.training.health import Health
 from ouro_megatron.training.progress import Progress, health_values
-from ouro_megatron.training.rollback import Rollback, Rollbacks, forget_ledger, known_rollbacks, windows_of
+from ouro_megatron.training.rollback import Rollback, Rollbacks, forget_ledger, known_rollbacks, left_out
 from ouro_megatron.training.signals import StopSignals
 from ouro_megatron.training.spikes import SpikeGuard
 from ouro_megatron.training.start import Start, verified_start
@@ -74,14 +75,15 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
     fingerprint = from_rank_zero(lambda: _fingerprint(recipe, tokenizer))
     rollbacks = from_rank_zero(lambda: _rollbacks(recipe, start))
     data = DataStream(
-        lambda samples: _reader(recipe, context, _dataset(recipe, tokenizer, "train", recipe.data.train, samples)),
+        lambda samples: _reader(recipe, context, _dataset(recipe, tokenizer, "train", samples)),
+        start.first_sample,
         plan.total_samples,
-        windows_of(rollbacks),
+        left_out(rollbacks),
     )
     held_out = None
     if recipe.data.validation:
         samples = plan.at(0).samples * recipe.evaluation.batches
-        held_out = _reader(recipe, context, _dataset(recipe, tokenizer, "validation", recipe.data.validation, samples))
+        held_out = _reader(recipe, context, _dataset(recipe, tokenizer, "validation", samples))
     dtype = torch.bfloat16 if recipe.precision.compute == "bf16" else torch.float32
     layers = recipe.parallel.layers or balanced_layers(recipe.model, context.pipeline_size, recipe.data.sequence_length)
     lm = LoopLM(
@@ -94,7 +96,16 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
     )
     if start.folder is None:
         initialise(lm, recipe.training.seed)
-    engine = Engine(lm, context, recipe.objective, recipe.optimizer, loops=recipe.model.loops, position=position)
+    loops = LoopPlan(recipe, plan).at(0)
+    engine = Engine(
+        lm,
+        context,
+        recipe.objective,
+        recipe.optimizer,
+        loops=loops,
+        position=position,
+        overlap=recipe.parallel.overlap,
+    )
     guard = SpikeGuard(recipe.health, context)
     progress, history = Progress(), list[StageRecord]()
     with naming_the_place(engine):
@@ -103,6 +114,9 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
         else:
             engine.adopt_weights()
     with _sinks(recipe, context, plan, progress, start, history) as sinks:
+        if sinks is not None:
+            for name, report in data.packing().items():
+                sinks.notify("packing", f"{name}: {report.describe(recipe.data.long_documents)}")
         returns = Rollbacks(
             recipe.run_folder, lambda folder: load_run(engine, folder, recipe, optimizer=True), rollbacks
         )
@@ -121,12 +135,7 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
             plan,
             progress,
             [
-                Records(
-                    sinks,
-                    flops_per_token(recipe.model, recipe.data.sequence_length),
-                    _peak(recipe, context),
-                    returns,
-                ),
+                Records(sinks, partial(_flops, recipe), _peak(recipe, context), returns),
                 Health(recipe, sinks, guard, returns, checkpoints.settle, checkpoints.rolled_back),
                 Evaluation(held_out, sinks, stopping),
                 stopping,
@@ -160,8 +169,10 @@ def _load(
         progress = Progress()
         progress.take(state)
         return progress, list(state.history)
-    progress = Progress(optimizer_steps=state.optimizer_steps if recipe.init.optimizer else 0)
-    return progress, history_with(state)
+    if recipe.init.data_position:
+        check_fingerprint(state.fingerprint, fingerprint)
+    updates = state.optimizer_steps if recipe.init.optimizer else 0
+    return Progress(optimizer_steps=updates, first_sample=start.first_sample), history_with(state, start.folder)
 
 
 def _state(
@@ -183,6 +194,7 @@ def _state(
         world=trainer.context.describe(),
         recipe=trainer.recipe.model_dump(mode="json"),
         fingerprint=fingerprint,
+        first_sample=progress.first_sample,
         history=history,
         health=health_values(progress, guard.state(), returns.values()),
         pending_evaluation=progress.pending_evaluation,
@@ -190,33 +202,28 @@ def _state(
 
 
 def _fingerprint(recipe: Recipe, tokenizer: TextTokenizer) -> dict[str, Any]:
-    return blend_fingerprint(
-        recipe.data.train,
-        sequence_length=recipe.data.sequence_length,
-        seed=recipe.training.seed,
-        tokenizer=tokenizer,
-        mask_end_of_document=recipe.data.mask_end_of_document,
-    )
+    return blend_fingerprint(recipe.data, seed=recipe.training.seed, tokenizer=tokenizer)
 
 
-def _dataset(
-    recipe: Recipe, tokenizer: TextTokenizer, split: str, entries: list[BlendEntry], samples: int
-) -> SampleDataset:
+def _dataset(recipe: Recipe, tokenizer: TextTokenizer, split: str, samples: int) -> SampleDataset:
     return build_dataset(
-        entries,
-        sequence_length=recipe.data.sequence_length,
+        recipe.data,
         samples=samples,
         seed=recipe.training.seed,
         tokenizer=tokenizer,
         cache=recipe.data.cache or recipe.run_folder / "cache",
         split_name=split,
-        mask_end_of_document=recipe.data.mask_end_of_document,
     )
 
 
 def _reader(recipe: Recipe, context: ParallelContext, dataset: SampleDataset) -> MicrobatchReader:
     sampler = GlobalBatchSampler(recipe.batch.microbatch, context.data_rank, context.data_size)
     return MicrobatchReader(dataset, sampler, context.device)
+
+
+def _flops(recipe: Recipe, loops: int) -> float:
+    model = recipe.model.model_copy(update={"loops": loops})
+    return flops_per_token(model, recipe.data.sequence_length)
 
 
 def _peak(recipe: Recipe, context: ParallelContext) -> float | None:
@@ -279,6 +286,8 @@ def _sinks(
     try:
         if start.folder is not None:
             sinks.notify("resume" if start.resumed else "start", f"loaded {start.folder}")
+        for line in start.handover:
+            sinks.notify("handover", line)
         for note in start.notes:
             sinks.notify("warning", note)
         yield sinks
@@ -291,7 +300,7 @@ def _sinks(
 
 def _write_data_facts(recipe: Recipe) -> None:
     """data.json for the report: the validation blend's unigram entropy, where its manifests know it."""
-    known = [(entry.weight, read_manifest(entry.path)) for entry in recipe.data.validation]
+    known = [(entry.share, read_manifest(entry.path)) for entry in recipe.data.validation]
     if not known or any(manifest is None or "unigram_entropy" not in manifest for _, manifest in known):
         return
     total = sum(weight for weight, _ in known)

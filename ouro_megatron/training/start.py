@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ouro_megatron.checkpoint.folder import problem_with, remove_incomplete, resolve, set_aside, step_folders
+from ouro_megatron.checkpoint.folder import Resolved, problem_with, remove_incomplete, resolve, set_aside, step_folders
 from ouro_megatron.checkpoint.state import RunState, read_state
 from ouro_megatron.checkpoint.verify import damage
 from ouro_megatron.data.ranks import from_rank_zero
@@ -13,6 +13,7 @@ from ouro_megatron.parallel.context import ParallelContext
 from ouro_megatron.recipe.load import difference
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import Recipe
+from ouro_megatron.training.handover import handover
 from ouro_megatron.training.rollback import drop_abandoned
 
 
@@ -25,6 +26,11 @@ class Start:
     resumed: bool
     """The checkpoint is this run's own."""
     notes: tuple[str, ...] = ()
+    """Warnings for people."""
+    first_sample: int = 0
+    """Where in the blend this stage begins."""
+    handover: tuple[str, ...] = ()
+    """What a new stage takes over from the checkpoint and what begins afresh, for people."""
 
 
 def verified_start(recipe: Recipe, plan: BatchPlan, context: ParallelContext) -> Start:
@@ -63,14 +69,33 @@ def find_start(recipe: Recipe, plan: BatchPlan, damaged: Mapping[Path, str] | No
         before = Recipe.model_validate(state.recipe)
         for path, old, new in difference(before, recipe):
             notes.append(f"recipe changed since step {state.step}: {path}: {old} -> {new}")
-        return Start(own, True, tuple(notes))
-    if recipe.init.checkpoint is not None:
-        try:
-            found = resolve(recipe.init.checkpoint, damaged)
-        except CheckpointError as error:
-            raise CheckpointError(f"init.checkpoint: {error}") from error
-        return Start(found.folder, False, tuple(notes + found.skipped))
-    return Start(None, False, tuple(notes))
+        return Start(own, True, tuple(notes), first_sample=state.first_sample)
+    source = recipe.init_path
+    if source is None:
+        return Start(None, False, tuple(notes))
+    field = "init.stage" if recipe.init.stage is not None else "init.checkpoint"
+    try:
+        found = resolve(source, damaged)
+    except CheckpointError as error:
+        raise CheckpointError(f"{field}: {error}") from error
+    state = read_state(found.folder)
+    if recipe.init.stage is not None:
+        _check_finished(state, found)
+    first = state.next_sample if recipe.init.data_position else 0
+    lines = tuple(handover(state, recipe, found.folder))
+    return Start(found.folder, False, tuple(notes + found.skipped), first, lines)
+
+
+def _check_finished(state: RunState, found: Resolved) -> None:
+    if state.origin != "training":
+        return
+    total = BatchPlan(Recipe.model_validate(state.recipe)).total_steps
+    if state.step < total:
+        raise CheckpointError(
+            f"init.stage={state.recipe['name']} is not finished: {found.folder} is step {state.step} of {total}. "
+            "Train it to its end, or name the checkpoint itself (init.checkpoint) to start from there"
+            + "".join(f"\n  {line}" for line in found.skipped)
+        )
 
 
 def _own(root: Path, damaged: Mapping[Path, str]) -> tuple[Path | None, list[str]]:

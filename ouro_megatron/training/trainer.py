@@ -8,7 +8,7 @@ from typing import Protocol
 
 from ouro_megatron.errors import TrainingError
 from ouro_megatron.parallel.context import ParallelContext
-from ouro_megatron.recipe.schedule import BatchPlan, BatchPoint, LRSchedule
+from ouro_megatron.recipe.schedule import BatchPlan, BatchPoint, LoopPlan, LRSchedule
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.training.data_stream import DataStream
 from ouro_megatron.training.engine import Engine, Judge, StepResult
@@ -58,6 +58,7 @@ class Trainer:
         self.data = data
         self._judge = judge
         self._lr = LRSchedule(recipe, plan)
+        self._loops = LoopPlan(recipe, plan)
         self._callbacks = callbacks
 
     @property
@@ -74,6 +75,7 @@ class Trainer:
         Raises TrainingError naming rank, stage, step, loop and microbatch when communication with another rank fails.
         """
         with naming_the_place(self.engine):
+            self.engine.set_loops(self._loops.at(max(0, self.progress.step - 1)))  # an evaluation may be made up for
             for callback in self._callbacks:
                 callback.start(self)
             while not self.is_done and not self.stop_requested:
@@ -89,6 +91,7 @@ class Trainer:
         progress, position = self.progress, self.engine.position
         started = time.perf_counter()
         before = self.plan.at(progress.step)
+        self.engine.set_loops(self._loops.at(progress.step))
         position.step = progress.step + 1
         position.phase = "reading data"
         batches = self.data.step(before)

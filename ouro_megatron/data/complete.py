@@ -1,0 +1,34 @@
+"""What a recipe leaves to its data: weights by tokens, a budget in epochs."""
+
+from collections.abc import Sequence
+
+from ouro_megatron.data.indexed import check_prefix
+from ouro_megatron.recipe.schema import BlendEntry, Recipe
+from ouro_megatron.recipe.spans import Span
+
+
+def complete(recipe: Recipe) -> Recipe:
+    """The recipe with weights and `budget.total` filled in from the sizes of its data; itself when nothing is missing.
+
+    A blend without weights counts each source by its tokens, so that in `budget.epochs` passes all tokens are seen
+    equally often. Raises DataError for data that is missing or unreadable.
+    """
+    data = recipe.data
+    if all(entry.weight is not None for entry in [*data.train, *data.validation]) and recipe.budget.total is not None:
+        return recipe
+    train, validation = _weighted(recipe, data.train), _weighted(recipe, data.validation)
+    budget = recipe.budget
+    if budget.total is None and budget.epochs is not None:
+        tokens = sum(check_prefix(entry.path, recipe.model.vocab).tokens for entry in data.train)
+        budget = budget.model_copy(update={"total": Span(tokens=round(budget.epochs * tokens))})
+    filled = data.model_copy(update={"train": train, "validation": validation})
+    return recipe.model_copy(update={"data": filled, "budget": budget})
+
+
+def _weighted(recipe: Recipe, entries: Sequence[BlendEntry]) -> list[BlendEntry]:
+    return [
+        entry
+        if entry.weight is not None
+        else entry.model_copy(update={"weight": float(check_prefix(entry.path, recipe.model.vocab).tokens)})
+        for entry in entries
+    ]
