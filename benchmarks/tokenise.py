@@ -157,7 +157,7 @@ def memory(given: argparse.Namespace, tokenizer: Path, work: Path) -> None:
     for megabytes, characters in (
         (50, None),
         (200, None),
-        (800, None),
+        (500, None),
         (100, 1_000_000),
         (100, 5_000_000),
         (100, 20_000_000),

@@ -128,7 +128,7 @@ def _summary(folder: Path, found: Compared) -> str:
     passed_over = f"; {found.not_text:,} files that are not UTF-8 were passed over" if found.not_text else ""
     fast, plain = (found.bytes / 1e6 / max(seconds, 1e-9) for seconds in (found.fast_seconds, found.plain_seconds))
     return (
-        f"{folder}: all {found.tokens:,} ids are equal in {found.files:,} files, {found.bytes / 1e6:,.1f} MB"
+        f"{folder}: all {found.tokens:,} ids are equal in {found.files:,} files, {found.bytes / 1e6:,.2f} MB"
         f"{passed_over}\n"
         f"on one core: {fast:,.1f} MB/s, `encode_batch_fast` {plain:,.1f} MB/s: {fast / plain:,.1f} times as fast"
     )
