@@ -73,6 +73,7 @@ class TextTokenizer:
         """`encode`, and for each id the place in `text` (characters) where its own first character stands."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
+
     def piece(self, token: int) -> str | None:
         """The vocabulary's own spelling of a token (byte-level letters, not text); None for an id without one."""
         return self._backend.id_to_token(token)

@@ -163,6 +163,9 @@ class ParallelSection(Section):
     """Layers of each pipeline rank, in order; when absent, balanced by FLOPs with the loss heads on the last rank."""
     data: PositiveInt | None = None
     """Data-parallel size; from the number of ranks when absent, checked against it when given."""
+    overlap: bool = False
+    """Reduce gradients while backward still runs and gather weights while the next forward does, over the data-parallel
+    group. The gate stage and one-loop models have nothing to hide and ignore it."""
     timeout_seconds: PositiveFloat = 600.0
     """A collective that waits longer ends the job with a message."""
 

@@ -97,7 +97,15 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
     if start.folder is None:
         initialise(lm, recipe.training.seed)
     loops = LoopPlan(recipe, plan).at(0)
-    engine = Engine(lm, context, recipe.objective, recipe.optimizer, loops=loops, position=position)
+    engine = Engine(
+        lm,
+        context,
+        recipe.objective,
+        recipe.optimizer,
+        loops=loops,
+        position=position,
+        overlap=recipe.parallel.overlap,
+    )
     guard = SpikeGuard(recipe.health, context)
     progress, history = Progress(), list[StageRecord]()
     with naming_the_place(engine):
@@ -106,6 +114,9 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
         else:
             engine.adopt_weights()
     with _sinks(recipe, context, plan, progress, start, history) as sinks:
+        if sinks is not None:
+            for name, report in data.packing().items():
+                sinks.notify("packing", f"{name}: {report.describe(recipe.data.long_documents)}")
         returns = Rollbacks(
             recipe.run_folder, lambda folder: load_run(engine, folder, recipe, optimizer=True), rollbacks
         )
