@@ -74,11 +74,12 @@ def mark_complete(folder: Path, hashes: Mapping[str, str] | None = None) -> None
     known = hashes or {}
     digests = {name: known.get(name) or hash_of(folder / name) for name in sizes}
     write_json(folder / MARKER, {"files": sizes, "hash": ALGORITHM, "hashes": digests})
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the marker's name, too, must survive a power cut
-    finally:
-        os.close(handle)
+    for place in (folder, folder.parent):  # the names, too, must survive a power cut
+        handle = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
