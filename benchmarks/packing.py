@@ -42,7 +42,7 @@ def prepare(folder: Path, documents: int) -> None:
     rows = np.split(tokens, np.cumsum(lengths)[:-1])
     with PairWriter(folder / "talks", np.dtype("<u2")) as writer:
         for row in rows:
-            writer.add(row)
+            writer.add(row.tolist())
     features = Features({"input_ids": Sequence(Value("int32"))})
     made = Dataset.from_generator(lambda: ({"input_ids": row} for row in rows), features=features)
     made.save_to_disk(folder / "arrow")
