@@ -169,7 +169,9 @@ def _init(recipe: Recipe) -> Iterator[str]:
         ("init.data_position", init.data_position, "the data position"),
     ):
         if wanted and not init.is_set:
-            yield f"{field}=true carries {what} of an earlier stage over, but neither init.stage nor init.checkpoint is set"
+            yield (
+                f"{field}=true carries {what} of an earlier stage over, but neither init.stage nor init.checkpoint is set"
+            )
 
 
 def _batch(recipe: Recipe, world_size: int | None) -> Iterator[str]:
