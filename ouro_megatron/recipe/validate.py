@@ -170,7 +170,8 @@ def _init(recipe: Recipe) -> Iterator[str]:
     ):
         if wanted and not init.is_set:
             yield (
-                f"{field}=true carries {what} of an earlier stage over, but neither init.stage nor init.checkpoint is set"
+                f"{field}=true carries {what} of an earlier stage over, "
+                "but neither init.stage nor init.checkpoint is set"
             )
 
 
