@@ -169,10 +169,14 @@ def _init(recipe: Recipe) -> Iterator[str]:
         ("init.data_position", init.data_position, "the data position"),
     ):
         if wanted and not init.is_set:
+<<<<<<< HEAD
             yield (
                 f"{field}=true carries {what} of an earlier stage over, "
                 "but neither init.stage nor init.checkpoint is set"
             )
+=======
+            yield f"{field}=true carries {what} of an earlier stage over: set init.stage or init.checkpoint"
+>>>>>>> main
 
 
 def _batch(recipe: Recipe, world_size: int | None) -> Iterator[str]:
@@ -226,6 +230,7 @@ def _schedule(recipe: Recipe) -> Iterator[str]:
         ("checkpoint.every", recipe.checkpoint.every),
         ("checkpoint.permanent_every", recipe.checkpoint.permanent_every),
         ("evaluation.every", recipe.evaluation.every),
+        ("training.check_every", recipe.training.check_every),
     ):
         if span is not None and span.is_zero:
             yield f"{field} is 0; give a length, for example '100 steps'"

@@ -36,6 +36,7 @@ from ouro_megatron.telemetry.setup import standard_sinks
 from ouro_megatron.telemetry.sink import RunInfo, Sinks, pipeline_of
 from ouro_megatron.training.callbacks import Evaluation, Records
 from ouro_megatron.training.checkpoints import Checkpoints
+from ouro_megatron.training.consistency import Consistency
 from ouro_megatron.training.data_stream import DataStream
 from ouro_megatron.training.engine import Engine
 from ouro_megatron.training.health import Health
@@ -139,6 +140,7 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
                 Health(recipe, sinks, guard, returns, checkpoints.settle, checkpoints.rolled_back),
                 Evaluation(held_out, sinks, stopping),
                 stopping,
+                Consistency(recipe.training.check_every),
                 checkpoints,
             ],
             guard.judge,
