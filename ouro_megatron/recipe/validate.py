@@ -169,14 +169,7 @@ def _init(recipe: Recipe) -> Iterator[str]:
         ("init.data_position", init.data_position, "the data position"),
     ):
         if wanted and not init.is_set:
-<<<<<<< HEAD
-            yield (
-                f"{field}=true carries {what} of an earlier stage over, "
-                "but neither init.stage nor init.checkpoint is set"
-            )
-=======
             yield f"{field}=true carries {what} of an earlier stage over: set init.stage or init.checkpoint"
->>>>>>> main
 
 
 def _batch(recipe: Recipe, world_size: int | None) -> Iterator[str]:
