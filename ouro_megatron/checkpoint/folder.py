@@ -158,20 +158,23 @@ def newest(root: Path) -> Resolved | None:
         return None
 
 
-def prune(root: Path, keep_last: int, is_permanent: Callable[[int], bool]) -> list[Path]:
-    """Deletes all but the newest `keep_last` complete checkpoints and the permanent ones; returns what was deleted.
+def prune(
+    root: Path,
+    keep_last: int,
+    is_permanent: Callable[[int], bool],
+    is_scheduled: Callable[[int], bool] = lambda step: True,
+) -> list[Path]:
+    """Deletes all but the newest complete checkpoint, the newest `keep_last` that were saved on schedule and the
+    permanent ones; returns what was deleted.
 
     The marker goes first: a deletion that is interrupted leaves a folder that is not taken for whole.
     """
-    complete = [folder for folder in step_folders(root) if problem_with(folder) is None]
-    deleted = []
-    for folder in complete[: max(0, len(complete) - keep_last)]:
-        step = step_of(folder)
-        assert step is not None
-        if is_permanent(step):
-            continue
+    complete = {folder: step_of(folder) or 0 for folder in step_folders(root) if problem_with(folder) is None}
+    scheduled = [folder for folder, step in complete.items() if is_scheduled(step)]
+    kept = {*list(complete)[-1:], *scheduled[-keep_last:]}
+    deleted = [folder for folder, step in complete.items() if folder not in kept and not is_permanent(step)]
+    for folder in deleted:
         remove(folder)
-        deleted.append(folder)
     return deleted
 
 
