@@ -59,13 +59,10 @@ def plain(engine: Engine, file: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def timed(work: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def seconds_of(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -84,6 +81,7 @@ def main() -> None:
     engine.adopt_weights()
     state = RunState(1, 0, 0, 0, 0, 0.0, "", recipe.model_dump(mode="json"), {})
     try:
+        checkpoint = folder / "step-00000001"
         waits: list[float] = []
 
         def beside() -> None:
@@ -92,24 +90,26 @@ def main() -> None:
             waits.append(time.perf_counter() - began)
             pending.commit()
 
-        reference = timed(lambda: plain(engine, folder / "plain.pt"), arguments.repeats)
-        whole = timed(lambda: save(engine, folder, state), arguments.repeats)
-        both = timed(beside, arguments.repeats)
-        checkpoint = folder / "step-00000001"
+        works: dict[str, Callable[[], object]] = {
+            "torch.save and fsync, one file": lambda: plain(engine, folder / "plain.pt"),
+            "save, training waits": lambda: save(engine, folder, state),
+            "save beside training, all of it": beside,
+            "verification (files in the page cache)": lambda: check_contents(checkpoint),
+            "load without verification": lambda: load_run(engine, checkpoint, recipe, optimizer=True),
+        }
+        # In turns, so that a disk that is busy for a while is so for all of them.
+        times = {name: [seconds_of(work)] for name, work in works.items()}
+        for _ in range(arguments.repeats - 1):
+            for name, work in works.items():
+                times[name].append(seconds_of(work))
         size = sum(read_marker(checkpoint)["files"].values())
-        verify = timed(lambda: check_contents(checkpoint), arguments.repeats)
-        load = timed(lambda: load_run(engine, checkpoint, recipe, optimizer=True), arguments.repeats)
         parameters = sum(parameter.numel() for parameter in lm.parameters())
         print(f"{size / 1e6:.0f} MB: {parameters / 1e6:.1f} M parameters in fp32 and two moments of each")
-        for name, seconds in (
-            ("torch.save and fsync, one file", reference),
-            ("save, training waits", whole),
-            ("save beside training, all of it", both),
-            ("  of which training waits", statistics.median(waits)),
-            ("verification (files in the page cache)", verify),
-            ("load without verification", load),
-        ):
-            print(f"{name:42s} {seconds:7.3f} s  {size / seconds / 1e6:7.0f} MB/s  {seconds / reference:5.2f} x")
+        medians = {name: statistics.median(found) for name, found in times.items()}
+        medians["of the save beside training, training waits"] = statistics.median(waits)
+        reference = next(iter(medians.values()))
+        for name, seconds in medians.items():
+            print(f"{name:44s} {seconds:7.3f} s  {size / seconds / 1e6:7.0f} MB/s  {seconds / reference:5.2f} x")
     finally:
         context.close()
         shutil.rmtree(folder)

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ouro_megatron.checkpoint.folder import problem_with, resolve, step_folders
 from ouro_megatron.checkpoint.save import describe
 from ouro_megatron.checkpoint.state import RunState, StageRecord, check_same_model, history_with, read_state
+from ouro_megatron.checkpoint.verify import check_contents
 from ouro_megatron.checkpoint.write import write_plain
 from ouro_megatron.errors import CheckpointError
 from ouro_megatron.parallel.context import create_context
@@ -48,6 +49,8 @@ def average(source: Path | Sequence[Path], target: Path, last: int | None = None
         chosen = [resolve(path).folder for path in source]
     if len(chosen) < 2:
         raise CheckpointError("averaging takes at least two checkpoints: name a run folder with --last, or several")
+    for folder in chosen:
+        check_contents(folder)
     states = [read_state(folder) for folder in chosen]
     for folder, state in zip(chosen[1:], states[1:], strict=True):
         check_same_model(state.recipe, states[0].recipe, folder)

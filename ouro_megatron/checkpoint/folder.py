@@ -74,11 +74,12 @@ def mark_complete(folder: Path, hashes: Mapping[str, str] | None = None) -> None
     known = hashes or {}
     digests = {name: known.get(name) or hash_of(folder / name) for name in sizes}
     write_json(folder / MARKER, {"files": sizes, "hash": ALGORITHM, "hashes": digests})
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the marker's name, too, must survive a power cut
-    finally:
-        os.close(handle)
+    for place in (folder, folder.parent):  # the names, too, must survive a power cut
+        handle = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
@@ -157,20 +158,23 @@ def newest(root: Path) -> Resolved | None:
         return None
 
 
-def prune(root: Path, keep_last: int, is_permanent: Callable[[int], bool]) -> list[Path]:
-    """Deletes all but the newest `keep_last` complete checkpoints and the permanent ones; returns what was deleted.
+def prune(
+    root: Path,
+    keep_last: int,
+    is_permanent: Callable[[int], bool],
+    is_scheduled: Callable[[int], bool] = lambda step: True,
+) -> list[Path]:
+    """Deletes all but the newest complete checkpoint, the newest `keep_last` that were saved on schedule and the
+    permanent ones; returns what was deleted.
 
     The marker goes first: a deletion that is interrupted leaves a folder that is not taken for whole.
     """
-    complete = [folder for folder in step_folders(root) if problem_with(folder) is None]
-    deleted = []
-    for folder in complete[: max(0, len(complete) - keep_last)]:
-        step = step_of(folder)
-        assert step is not None
-        if is_permanent(step):
-            continue
+    complete = {folder: step_of(folder) or 0 for folder in step_folders(root) if problem_with(folder) is None}
+    scheduled = [folder for folder, step in complete.items() if is_scheduled(step)]
+    kept = {*list(complete)[-1:], *scheduled[-keep_last:]}
+    deleted = [folder for folder, step in complete.items() if folder not in kept and not is_permanent(step)]
+    for folder in deleted:
         remove(folder)
-        deleted.append(folder)
     return deleted
 
 

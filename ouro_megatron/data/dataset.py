@@ -44,6 +44,10 @@ SPLITS = {"train": "train", "validation": "valid"}
 """Our names of the splits -> Megatron's."""
 
 
+_AT_ONCE = 2**24
+"""Samples whose sources are counted at one time."""
+
+
 class SampleDataset(Dataset[dict[str, torch.Tensor]]):
     """`samples` samples of a blend. Item k: tokens int64[s], labels int64[s], loss_mask float32[s], and under a
     document mask positions int64[s], 0 where a document begins.
@@ -88,7 +92,10 @@ class SampleDataset(Dataset[dict[str, torch.Tensor]]):
 
     def source_counts(self, start: int, end: int) -> dict[str, int]:
         """Samples of [start, end) by source; sources of the same name are added up."""
-        taken = np.bincount(np.asarray(self._blend.dataset_index[start:end]), minlength=len(self.names))
+        taken = np.zeros(len(self.names), dtype=np.int64)
+        for first in range(start, end, _AT_ONCE):  # counting widens the index's small integers: not all at once
+            part = np.asarray(self._blend.dataset_index[first : min(end, first + _AT_ONCE)])
+            taken += np.bincount(part, minlength=len(self.names))
         counts: dict[str, int] = {}
         for name, count in zip(self.names, taken, strict=True):
             counts[name] = counts.get(name, 0) + int(count)

@@ -13,7 +13,7 @@ from ouro_megatron.telemetry.records import EvalRecord, EventRecord, Record, Ste
 from ouro_megatron.telemetry.sink import RunInfo
 from ouro_megatron.telemetry.text import big, duration, evaluation_line, per_loop, step_line
 
-_STYLES = {"warning": "yellow", "failure": "bold red", "checkpoint": "green", "stop": "yellow"}
+_STYLES = {"warning": "yellow", "failure": "bold red", "checkpoint": "green", "stop": "yellow", "rollback": "red"}
 
 
 class ConsoleSink:

@@ -79,11 +79,16 @@ class Checkpoints:
         def is_permanent(step: int) -> bool:
             return step > 0 and is_due(settings.permanent_every, plan.at(step - 1), plan.at(step))
 
-        deleted = prune(self._root, settings.keep_last, is_permanent)
+        deleted = prune(self._root, settings.keep_last, is_permanent, lambda step: save_is_due(trainer, step))
         if self._sinks is not None:
             beside = f" within {duration(pending.seconds)} beside training" if pending.in_background else ""
             gone = f"; deleted {', '.join(path.name for path in deleted)}" if deleted else ""
             self._sinks.notify("checkpoint", f"saved {pending.folder}{beside}{gone}")
+
+
+def save_is_due(trainer: Trainer, step: int) -> bool:
+    """Whether a checkpoint of `step` is on schedule, not one more from a stop."""
+    return step > 0 and is_due(trainer.recipe.checkpoint.every, trainer.plan.at(step - 1), trainer.plan.at(step))
 
 
 def _mark(progress: Progress) -> tuple[int, bool]:

@@ -6,6 +6,7 @@ from ouro_megatron.errors import TrainingError
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.telemetry.records import EventRecord
 from ouro_megatron.telemetry.sink import Sinks
+from ouro_megatron.training.checkpoints import save_is_due
 from ouro_megatron.training.rollback import Rollbacks, left_out
 from ouro_megatron.training.spikes import SpikeGuard
 from ouro_megatron.training.trainer import StepOutcome, Trainer
@@ -70,6 +71,7 @@ class Health:
             trainer.context,
             from_step=left,
             until=left - row,
+            is_scheduled=lambda step: save_is_due(trainer, step),
             data_position=lambda step: trainer.data.position(plan.at(step).consumed_samples),
             reason=reason,
         )

@@ -87,13 +87,14 @@ def drop_abandoned(run_folder: Path) -> list[Path]:
     return dropped
 
 
-def last_good(root: Path, step: int, context: ParallelContext) -> Path:
+def last_good(root: Path, step: int, is_scheduled: Callable[[int], bool], context: ParallelContext) -> Path:
     """The newest undamaged checkpoint of `step` or before. All ranks call it together.
 
-    Damaged ones on the way are set aside. Raises TrainingError when there is none.
+    Those saved on schedule come first: a run that was stopped in between has one more, and must still go back to the
+    same place as a run that was not. Damaged ones on the way are set aside. Raises TrainingError when there is none.
     """
     while True:
-        folder = from_rank_zero(lambda: _newest_until(root, step))
+        folder = from_rank_zero(lambda: _newest_until(root, step, is_scheduled))
         if folder is None:
             raise TrainingError(f"there is no checkpoint of step {step} or before under {root} to go back to")
         if damage(folder, context.rank, context.world_size) is None:
@@ -101,9 +102,10 @@ def last_good(root: Path, step: int, context: ParallelContext) -> Path:
         on_rank_zero(lambda folder=folder: set_aside(folder))  # type: ignore[misc]
 
 
-def _newest_until(root: Path, step: int) -> Path | None:
-    usable = [folder for folder in step_folders(root) if (step_of(folder) or 0) <= step]
-    return next((folder for folder in reversed(usable) if problem_with(folder) is None), None)
+def _newest_until(root: Path, step: int, is_scheduled: Callable[[int], bool]) -> Path | None:
+    numbers = {folder: step_of(folder) or 0 for folder in step_folders(root) if problem_with(folder) is None}
+    usable = [folder for folder, number in numbers.items() if number <= step]
+    return max(usable, key=lambda folder: (is_scheduled(numbers[folder]), numbers[folder]), default=None)
 
 
 @dataclass
@@ -118,14 +120,21 @@ class Rollbacks:
         return [asdict(entry) for entry in self.entries]
 
     def go_back(
-        self, context: ParallelContext, *, from_step: int, until: int, data_position: Callable[[int], int], reason: str
+        self,
+        context: ParallelContext,
+        *,
+        from_step: int,
+        until: int,
+        is_scheduled: Callable[[int], bool],
+        data_position: Callable[[int], int],
+        reason: str,
     ) -> RunState:
         """Loads the last good checkpoint of step `until` or before and notes which samples to leave out.
 
         `data_position`: the blend's sample that follows a step. Returns the checkpoint's state. All ranks call it
         together. Raises TrainingError when there is no checkpoint to go back to.
         """
-        folder = last_good(self.run_folder / "checkpoints", until, context)
+        folder = last_good(self.run_folder / "checkpoints", until, is_scheduled, context)
         to_step = step_of(folder)
         assert to_step is not None
         entry = Rollback(from_step, to_step, data_position(to_step), data_position(from_step), reason)

@@ -80,6 +80,13 @@ def test_prune_keeps_the_newest_and_the_permanent(tmp_path: Path) -> None:
     assert [path.name[-2:] for path in step_folders(tmp_path)] == ["20", "40", "50", "60"]
 
 
+def test_prune_counts_those_on_schedule_and_lets_those_of_stops_go_first(tmp_path: Path) -> None:
+    for step in (10, 20, 25, 30, 33):
+        make(tmp_path, step)
+    prune(tmp_path, keep_last=2, is_permanent=lambda step: False, is_scheduled=lambda step: step % 10 == 0)
+    assert [path.name[-2:] for path in step_folders(tmp_path)] == ["20", "30", "33"]
+
+
 def test_leftovers_of_interrupted_saves(tmp_path: Path) -> None:
     make(tmp_path, 10)
     broken = make(tmp_path, 20, complete=False)

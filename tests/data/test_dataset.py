@@ -66,6 +66,25 @@ def test_blend_hits_its_weights(folder: Path) -> None:
     assert counts["b.v1"] == pytest.approx(100, abs=2)
 
 
+def test_sources_of_a_range_are_counted(folder: Path) -> None:
+    dataset = build(folder, 400)
+    names = [dataset.source_of(k) for k in range(37, 211)]
+    assert dataset.source_counts(37, 211) == {name: names.count(name) for name in ("a", "b.v1")}
+    assert dataset.source_counts(0, 400) == dataset.counts()
+
+
+def test_a_token_beyond_the_vocabulary_names_the_source(folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "damaged")
+    dataset = build(copied, 60)
+    with (copied / "b.v1.bin").open("r+b") as file:  # a lost page, as it comes back from a broken disk
+        file.write(b"\xff" * (copied / "b.v1.bin").stat().st_size)
+    bad = next(k for k in range(60) if dataset.source_of(k) == "b.v1")
+    with pytest.raises(DataError, match=rf"sample {bad} holds token 65535.*source 'b\.v1' has been damaged"):
+        dataset[bad]
+    good = next(k for k in range(60) if dataset.source_of(k) == "a")
+    assert dataset[good]["tokens"].shape == (32,)
+
+
 def test_cache_is_used_and_data_may_move(folder: Path, tmp_path: Path) -> None:
     first = tokens(build(folder, cache=tmp_path / "cache"), 50)
     made = sorted(path.name for path in (tmp_path / "cache").iterdir())

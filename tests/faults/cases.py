@@ -1,7 +1,7 @@
 """What goes wrong in run number `seed`: drawn once, the same on every machine."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 STEPS, EVERY, EVALUATE = 12, 3, 6
@@ -82,6 +82,8 @@ def draw(seed: int) -> Case:
         first = _crash(generator, generator.choice(("kill", "term")))
     else:
         first = _fault(generator, kind)
+    if layout == "data" and first.place in ("half-written file", "file written"):
+        first = replace(first, rank=0)  # data-parallel copies have nothing to write
     faults = [first]
     if first.kind in ("kill", "term") and generator.random() < 0.4:
         started_with = ("load",) if first.kind == "term" or first.step > EVERY + 2 else ()

@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 from tests.faults.cases import draw
@@ -45,6 +46,7 @@ def main() -> int:
 
 def _run(seeds: list[int], out: Path | None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
+    warnings.simplefilter("ignore")  # Megatron-Core names every optional package it does not find
     from tests.faults.harness import Suite, start_fork_server
 
     failed: list[int] = []

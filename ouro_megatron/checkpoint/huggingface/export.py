@@ -19,6 +19,7 @@ from ouro_megatron.checkpoint.huggingface.tokenizer_files import write_tokenizer
 from ouro_megatron.checkpoint.load import tokenizer_folder
 from ouro_megatron.checkpoint.state import read_state
 from ouro_megatron.checkpoint.stream import TensorReader
+from ouro_megatron.checkpoint.verify import check_contents
 from ouro_megatron.errors import CheckpointError, RecipeError
 from ouro_megatron.recipe.schema import ModelSection, Recipe
 
@@ -76,6 +77,7 @@ def export(
         raise CheckpointError(f"{target} exists already; remove it or choose another folder")
     if settings.check:
         require_transformers("to check the exported model (or leave the check out with --no-check)")
+    check_contents(found.folder)
     recipe = Recipe.model_validate(read_state(found.folder).recipe)
     reader = TensorReader(found.folder)
     _check_tensors(reader, recipe.model, found.folder)
