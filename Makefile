@@ -22,7 +22,7 @@ setup: .venv/ready
 # Installed anew whenever the dependencies or the C extension change.
 .venv/ready: pyproject.toml data_prep/_byte_level.c
 	$(PYTHON) -m venv .venv
-	"$(BIN)/python" -m pip install --quiet --progress-bar on -e ".[cpu,dev,data,hf]"
+	"$(BIN)/python" -m pip install --quiet --progress-bar on -e ".[cpu,dev,all]"
 	touch .venv/ready
 
 # Each step looks at what is there and does only what is missing: run it again after an interruption.
@@ -41,16 +41,16 @@ demo: setup
 	@echo "Done. Next:"
 	@echo "  open $(RUN)/report/index.html in a browser: loss by loop, exit distribution, generated text"
 	@echo "  $(BIN)/ouro generate $(RUN)/4-gate --prompt 'def ' --exit q=0.7 --max-loops 8 --temperature 0.8 --depths"
-	@echo "  $(BIN)/ouro evaluate $(RUN)/4-gate --loops 8"
+	@echo "  $(BIN)/ouro eval $(RUN)/4-gate"
 	@echo "  $(BIN)/ouro train stages/demo/1-stable.yaml name=mine optimizer.lr=3e-3    (docs/recipes.md)"
 
 demo-samples:
-	"$(BIN)/ouro" evaluate $(RUN)/4-gate
+	"$(BIN)/ouro" eval $(RUN)/4-gate
 	"$(BIN)/ouro" generate $(RUN)/4-gate --prompt "The function returns" --exit q=0.5 --temperature 0.7 --depths \
 	  --save $(RUN)/4-gate/samples.part.json
 	"$(BIN)/ouro" generate $(RUN)/4-gate --prompt "def __init__(self" --exit step=2 --temperature 0.7 --depths \
 	  --save $(RUN)/4-gate/samples.part.json
-	"$(BIN)/ouro" generate $(RUN)/4-gate --prompt "import " --exit q=0.5 --max-loops 6 --cache reuse --temperature 0.7 \
+	"$(BIN)/ouro" generate $(RUN)/4-gate --prompt "import " --exit q=0.5 --max-loops 6 --skipped copy --temperature 0.7 \
 	  --depths --save $(RUN)/4-gate/samples.part.json
 	mv $(RUN)/4-gate/samples.part.json $(RUN)/4-gate/samples.json
 

@@ -425,9 +425,10 @@ static inline size_t contraction(const uint8_t *p, const uint8_t *end)
     return 0;
 }
 
-static int encode_text(Encoder *self, const uint8_t *p, size_t length)
+/* Walks over the words of a text; with `only_split` keeps where each ends instead of its ids. */
+static inline __attribute__((always_inline)) int walk(Encoder *self, const uint8_t *p, size_t length, int only_split)
 {
-    const uint8_t *end = p + length;
+    const uint8_t *begin = p, *end = p + length;
     while (p < end) {
         size_t bytes, following;
         unsigned class = class_at(self, p, &bytes);
@@ -454,11 +455,23 @@ static int encode_text(Encoder *self, const uint8_t *p, size_t length)
             if (q < end && after != DIGIT && last > p)
                 q = last;
         }
-        if (encode_word(self, p, (size_t)(q - p), end) < 0)
+        if (only_split)
+            self->out[self->out_used++] = (uint32_t)(q - begin);
+        else if (encode_word(self, p, (size_t)(q - p), end) < 0)
             return -1;
         p = q;
     }
     return 0;
+}
+
+static int encode_text(Encoder *self, const uint8_t *text, size_t length)
+{
+    return walk(self, text, length, 0);
+}
+
+static int split_text(Encoder *self, const uint8_t *text, size_t length)
+{
+    return walk(self, text, length, 1);
 }
 
 /* ---- the Python type ---- */
@@ -484,6 +497,15 @@ PyDoc_STRVAR(encode_batch_doc,
 "uint32 ids of all texts, one after the other, and int64 numbers of ids of each text.\n"
 "Raises UnicodeEncodeError for a text with a lone surrogate.");
 
+static void release_out(Encoder *self)
+{
+    if (self->out_size * sizeof(uint32_t) > KEPT_SCRATCH) {
+        free(self->out);
+        self->out = NULL;
+        self->out_size = 0;
+    }
+}
+
 static PyObject *Encoder_encode_batch(Encoder *self, PyObject *texts)
 {
     if (!PyList_Check(texts)) {
@@ -508,16 +530,35 @@ static PyObject *Encoder_encode_batch(Encoder *self, PyObject *texts)
     }
     ids = PyByteArray_FromStringAndSize((const char *)self->out, (Py_ssize_t)(self->out_used * sizeof(uint32_t)));
 done:
-    if (self->out_size * sizeof(uint32_t) > KEPT_SCRATCH) {
-        free(self->out);
-        self->out = NULL;
-        self->out_size = 0;
-    }
+    release_out(self);
     if (!ids) {
         Py_DECREF(lengths);
         return NULL;
     }
     return Py_BuildValue("(NN)", ids, lengths);
+}
+
+PyDoc_STRVAR(split_doc,
+"split(text: str) -> bytearray\n\n"
+"uint32 ends of the words of a text, in bytes of its UTF-8. Raises ValueError for a text of 4 GiB or more.");
+
+static PyObject *Encoder_split(Encoder *self, PyObject *object)
+{
+    Py_ssize_t length;
+    const char *text = PyUnicode_AsUTF8AndSize(object, &length);
+    if (!text)
+        return NULL;
+    if ((uint64_t)length >= UINT32_MAX) {
+        PyErr_SetString(PyExc_ValueError, "a text of 4 GiB or more");
+        return NULL;
+    }
+    self->out_used = 0;
+    if (reserve_out(self, (size_t)length) < 0 || split_text(self, (const uint8_t *)text, (size_t)length) < 0)
+        return NULL;
+    PyObject *ends =
+        PyByteArray_FromStringAndSize((const char *)self->out, (Py_ssize_t)(self->out_used * sizeof(uint32_t)));
+    release_out(self);
+    return ends;
 }
 
 static int add_merges(Encoder *self, const uint32_t *merges, const uint8_t *edges, size_t count)
@@ -614,6 +655,7 @@ static void Encoder_dealloc(Encoder *self)
 
 static PyMethodDef Encoder_methods[] = {
     {"encode_batch", (PyCFunction)Encoder_encode_batch, METH_O, encode_batch_doc},
+    {"split", (PyCFunction)Encoder_split, METH_O, split_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -67,6 +67,10 @@ class ByteLevelEncoder:
         ids, lengths = self._encoder.encode_batch(list(texts))
         return Encoded(np.frombuffer(ids, dtype=np.uint32), np.frombuffer(lengths, dtype=np.int64))
 
+    def split(self, text: str) -> np.ndarray:
+        """uint32[words], where each word of the text ends in bytes of its UTF-8."""
+        return np.frombuffer(self._encoder.split(text), dtype=np.uint32)
+
     def _try_out(self, tokenizer: TextTokenizer, content: dict[str, Any]) -> None:
         texts = _sample(list(content["model"]["vocab"]), [token["content"] for token in content["added_tokens"]])
         if not same_ids(self.encode_batch(texts), PlainEncoder(tokenizer).encode_batch(texts)):

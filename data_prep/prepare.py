@@ -1,46 +1,39 @@
-"""From sources to training data: tokenizer, shards in parallel, one pair of files a split, a manifest last.
+"""From sources to training data: tokenizer, shards in parallel, pairs for Megatron, a manifest last.
 
 Every piece of work leaves a mark when it is whole. A run that was killed goes on at the next shard; a run with nothing
-to do reads a few small files and says so.
+to do reads a few small files and says so. One machine does it all with `prepare`; many machines share the shards with
+`prepare(shard=(i, N))`, and one of them joins the result with `merge_all`.
 """
 
-import hashlib
 import json
-import multiprocessing
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from data_prep.dedup import find_duplicates
+from data_prep.faults import FaultBudget, faults_file, write_faults
+from data_prep.lock import locked
+from data_prep.merge import merge, plan_merge
+from data_prep.plan import FILES, SourceJob, digest_of, find_prefixes, list_units, share, source_jobs
+from data_prep.progress import Tracker, Watcher
 from data_prep.recipe import DataRecipe, TrainTokenizer
-from data_prep.shards import ShardTask, entropy_of, group_units, token_counts, tokenise_shard
+from data_prep.shards import ShardResult, read_result, tokenise_shard
 from data_prep.sources.base import Unit
-from data_prep.sources.registry import AnySource
 from data_prep.train_tokenizer import train_tokenizer
-from data_prep.writer import PairWriter, token_dtype
-from ouro_megatron.data.indexed import read_manifest, sha256_of, with_suffix
-from ouro_megatron.data.tokenizer import CONFIG_FILE, TextTokenizer, load_tokenizer
+from ouro_megatron.data.indexed import read_manifest, with_suffix
+from ouro_megatron.data.tokenizer import CONFIG_FILE, load_tokenizer
 from ouro_megatron.errors import DataError
 
-_VERSION = 1
-"""Enters every key: raise it when the output for the same input changes."""
+MAX_PREFIXES = 32_766
+"""Megatron numbers the data sets of a blend in int16, and asks for fewer than 32,767."""
 
-
-class Watcher(Protocol):
-    """Is told how the work goes on."""
-
-    def begin(self, what: str, total: int) -> None: ...
-
-    def advance(self, amount: int) -> None: ...
-
-    def say(self, line: str) -> None: ...
+Units = dict[str, list[Unit]]
 
 
 def load_data_recipe(path: Path) -> DataRecipe:
@@ -57,187 +50,212 @@ def load_data_recipe(path: Path) -> DataRecipe:
         raise DataError("\n".join(lines)) from error
 
 
-def prepare(recipe: DataRecipe, watcher: Watcher, *, workers: int, force: bool = False) -> list[Path]:
+def prepare(
+    recipe: DataRecipe,
+    watcher: Watcher,
+    *,
+    workers: int,
+    force: bool = False,
+    shard: tuple[int, int] | None = None,
+) -> list[Path]:
     """Makes all that is missing or out of date; returns the prefixes of the recipe, training and held out.
 
-    Raises DataError naming the source and file that cannot be used, and on a full disk.
+    `shard`: (i, N) with 0 <= i < N, works on every N-th shard only and merges nothing; returns no prefixes then.
+    Raises DataError naming the source and file that cannot be used, too many faults, or a full disk.
     """
+    with _disk_errors(recipe), locked(recipe.output / ".parts", shared=shard is not None):
+        if force and shard is None:
+            shutil.rmtree(recipe.output / ".parts", ignore_errors=True)
+        units = list_units(recipe, saved=shard is not None)
+        if shard is None:
+            make_tokenizer(recipe, units, watcher, force)
+        jobs = _jobs(recipe, units)
+        stale = jobs if force else _stale(jobs, watcher)
+        _tokenise(stale, watcher, workers, shard)
+        if shard is None:
+            _merge(jobs, stale, watcher, workers)
+            _clean(recipe)
+    return [] if shard is not None else _prefixes(jobs)
+
+
+def merge_all(recipe: DataRecipe, watcher: Watcher, *, workers: int) -> list[Path]:
+    """Joins shards that were all made before. Raises DataError naming those that are missing."""
+    with _disk_errors(recipe), locked(recipe.output / ".parts", shared=False):
+        jobs = _jobs(recipe, list_units(recipe, saved=True))
+        stale = _stale(jobs, watcher)
+        missing = [task for job in stale for task in job.tasks if not task.is_done]
+        if missing:
+            shown = "".join(f"\n  {task.label}" for task in missing[:20]) + ("\n  ..." if len(missing) > 20 else "")
+            raise DataError(
+                f"{recipe.output}: {len(missing):,} of {sum(len(job.tasks) for job in stale):,} shards are not "
+                f"tokenised yet. Run `ouro data prepare` with --slurm or the missing --shard again:{shown}"
+            )
+        _merge(jobs, stale, watcher, workers)
+        _clean(recipe)
+    return _prefixes(jobs)
+
+
+def pending_shards(recipe: DataRecipe, units: Units, count: int) -> tuple[list[int], bool]:
+    """(numbers i of the shares i of `count` that have work left, whether anything is left to merge)."""
+    jobs = _jobs(recipe, units)
+    stale = [job for job in jobs if not job.is_current]
+    tasks = [task for job in stale for task in job.tasks]
+    left = [i for i in range(count) if any(not task.is_done for task in share(tasks, (i, count)))]
+    return left, bool(stale)
+
+
+def make_tokenizer(recipe: DataRecipe, units: Units, watcher: Watcher, force: bool = False) -> None:
+    """Trains the recipe's tokenizer unless it is there and of the same sources; does nothing for an existing one."""
+    settings, folder = recipe.tokenizer, recipe.tokenizer_folder
+    if not isinstance(settings, TrainTokenizer):
+        return
+    if not force and tokenizer_is_current(recipe, units):
+        watcher.say(f"{folder}: up to date")
+        return
+    watcher.say(f"training a tokenizer of {settings.vocab:,}")
+    train_tokenizer(recipe, settings, units, folder, _tokenizer_key(recipe, units))
+    watcher.say(f"{folder}: {settings.vocab:,} tokens")
+
+
+def tokenizer_is_current(recipe: DataRecipe, units: Units) -> bool:
+    """Whether the tokenizer that the recipe asks for is there. An existing one always is."""
+    if not isinstance(recipe.tokenizer, TrainTokenizer):
+        return True
     try:
-        return _prepare(recipe, watcher, workers, force)
+        config = json.loads((recipe.tokenizer_folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(config.get("made_from") == _tokenizer_key(recipe, units))
+
+
+def _tokenizer_key(recipe: DataRecipe, units: Units) -> str:
+    files = {name: list(dict.fromkeys((unit.path, unit.stamp) for unit in found)) for name, found in units.items()}
+    sources = [source.model_dump(mode="json") for source in recipe.sources]
+    return digest_of(recipe.tokenizer.model_dump(mode="json"), sources, files, recipe.validation_fraction)
+
+
+def _jobs(recipe: DataRecipe, units: Units) -> list[SourceJob]:
+    return source_jobs(recipe, units, load_tokenizer(recipe.tokenizer_folder))
+
+
+def _stale(jobs: Sequence[SourceJob], watcher: Watcher) -> list[SourceJob]:
+    for job in jobs:
+        if job.is_current:
+            watcher.say(f"{job.source.name}: up to date")
+    return [job for job in jobs if not job.is_current]
+
+
+def _tokenise(jobs: Sequence[SourceJob], watcher: Watcher, workers: int, shard: tuple[int, int] | None) -> None:
+    owners = {task.folder: job for job in jobs for task in job.tasks}
+    tasks = list(share([task for job in jobs for task in job.tasks], shard))
+    budgets = {job.source.name: FaultBudget(job) for job in jobs}
+
+    def add(task: Any, result: ShardResult) -> None:
+        budgets[owners[task.folder].source.name].add(task, result)
+
+    for task in tasks:
+        if task.is_done:
+            add(task, read_result(task))
+    left = [task for task in tasks if not task.is_done]
+    if left:
+        tracker = Tracker("tokenising", watcher, total=sum(task.size for task in tasks))
+        tracker.skip(sum(task.size for task in tasks) - sum(task.size for task in left))
+        tracker.run(tokenise_shard, left, workers, add)
+
+
+def _merge(jobs: Sequence[SourceJob], stale: Sequence[SourceJob], watcher: Watcher, workers: int) -> None:
+    if not stale:
+        return
+    duplicates = _duplicates(jobs, watcher)
+    starts = [0, *accumulate(len(job.tasks) for job in jobs)]
+    tasks = []
+    for job, first in zip(jobs, starts, strict=False):
+        if job not in stale:
+            continue
+        results = [read_result(task) for task in job.tasks]
+        budget = FaultBudget(job)
+        for task, result in zip(job.tasks, results, strict=True):
+            budget.add(task, result)
+        planned = plan_merge(job, results, duplicates, first)
+        write_faults(faults_file(job), job.tasks)
+        _remove_stale(job, {task.prefix for task in planned})
+        tasks.extend(planned)
+    count = len(tasks) + sum(len(job.prefixes(split)) for job in jobs if job not in stale for split in job.splits)
+    if count > MAX_PREFIXES:
+        raise DataError(
+            f"{jobs[0].recipe.output}: {count:,} pairs; a blend takes {MAX_PREFIXES:,} at most. "
+            "Raise max_prefix_tokens or max_prefix_documents"
+        )
+    left = [task for task in tasks if not task.is_done]
+    tracker = Tracker("merging", watcher, total=sum(task.size for task in left))
+    tracker.run(merge, left, workers, lambda task, manifest: watcher.say(_summary(task.prefix, manifest)))
+    for job in stale:
+        if job.recipe.keep_parts:
+            _remove_old_parts(job)
+        else:
+            shutil.rmtree(job.parts, ignore_errors=True)
+
+
+def _duplicates(jobs: Sequence[SourceJob], watcher: Watcher) -> Path | None:
+    """The folder that says which documents are duplicates; None when nobody asked."""
+    recipe = jobs[0].recipe
+    if not recipe.filters.exact_dedup:
+        return None
+    hashes = [task.hashes for job in jobs for task in job.tasks if task.hashes is not None]
+    folder = recipe.output / ".parts" / f"duplicates-{digest_of([path.name for path in hashes])[:16]}"
+    if not (folder / "counts.json").is_file():
+        watcher.say("looking for duplicates")
+        find_duplicates(hashes, folder)
+    counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+    watcher.say(f"{sum(counts.values()):,} duplicates left out")
+    return folder
+
+
+def _remove_stale(job: SourceJob, wanted: set[Path]) -> None:
+    """Pairs of this source under names that it does not have any more."""
+    for split in ("train", "validation"):
+        for prefix in find_prefixes(job.recipe.output, job.source.name, split):
+            if prefix not in wanted and (read_manifest(prefix) or {}).get("source") == job.source.name:
+                for suffix in (".manifest.json", *FILES):
+                    with_suffix(prefix, suffix).unlink(missing_ok=True)
+
+
+def _remove_old_parts(job: SourceJob) -> None:
+    """Shards that are not of the source any more, and what killed processes left behind."""
+    wanted = {task.folder.name for task in job.tasks}
+    for folder in job.parts.iterdir():
+        if folder.name not in wanted:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clean(recipe: DataRecipe) -> None:
+    """Shards of sources that are not in the recipe any more, plans, hashes nobody asks for."""
+    if not recipe.keep_parts:
+        shutil.rmtree(recipe.output / ".parts", ignore_errors=True)
+    if not recipe.filters.exact_dedup:
+        shutil.rmtree(recipe.output / ".hashes", ignore_errors=True)
+
+
+def _prefixes(jobs: Sequence[SourceJob]) -> list[Path]:
+    return [prefix for job in jobs for split in job.splits for prefix in job.prefixes(split)]
+
+
+def _summary(prefix: Path, manifest: dict[str, Any]) -> str:
+    counts = manifest["source_counts"]
+    left_out = "".join(f", {count:,} {name}" for name, count in counts["left_out"].items())
+    faults = f", {counts['faults']:,} faults" if counts["faults"] else ""
+    of_source = f" (its source left out{left_out}{faults})".replace("out,", "out") if left_out or faults else ""
+    return (
+        f"{prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
+        f"unigram entropy {manifest['unigram_entropy']:.3f} nats{of_source}"
+    )
+
+
+@contextmanager
+def _disk_errors(recipe: DataRecipe) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(
             f"{error.filename or recipe.output}: {error.strerror or error}. What was finished is kept; run it again"
         ) from error
-
-
-def _prepare(recipe: DataRecipe, watcher: Watcher, workers: int, force: bool) -> list[Path]:
-    units = {source.name: source.units(recipe.shard_bytes) for source in recipe.sources}
-    keys = {source.name: _source_key(source, units[source.name]) for source in recipe.sources}
-    _tokenizer(recipe, keys, watcher, force)
-    tokenizer = load_tokenizer(recipe.tokenizer_folder)
-    jobs = [_Job(recipe, source, tokenizer, units[source.name], keys[source.name]) for source in recipe.sources]
-    for job in jobs:
-        if not force and job.is_current():
-            watcher.say(f"{job.source.name}: up to date")
-            continue
-        if force:
-            shutil.rmtree(job.parts, ignore_errors=True)
-        _run_shards(job, watcher, workers)
-        for prefix, split in job.outputs():
-            _merge(job, prefix, split)
-            watcher.say(_summary(prefix))
-        shutil.rmtree(job.parts, ignore_errors=True)
-    shutil.rmtree(recipe.output / ".parts", ignore_errors=True)
-    return [prefix for job in jobs for prefix, _ in job.outputs()]
-
-
-def _source_key(source: AnySource, units: Sequence[Unit]) -> str:
-    """Changes when the source's settings or any of its units (path, range, size, stamp) do."""
-    digest = hashlib.sha256(f"{_VERSION}\n{source!r}\n".encode())
-    for unit in units:
-        digest.update(f"{unit!r}\n".encode())
-    return digest.hexdigest()
-
-
-def _tokenizer(recipe: DataRecipe, keys: dict[str, str], watcher: Watcher, force: bool) -> None:
-    settings, folder = recipe.tokenizer, recipe.tokenizer_folder
-    if not isinstance(settings, TrainTokenizer):
-        return
-    text = json.dumps([settings.model_dump(), keys, recipe.validation_fraction], sort_keys=True)
-    key = hashlib.sha256(text.encode()).hexdigest()
-    if not force and folder.is_dir() and _made_from(folder) == key:
-        watcher.say(f"{folder}: up to date")
-        return
-    watcher.begin(f"training a tokenizer of {settings.vocab}", 0)
-    train_tokenizer(recipe, settings, folder, key)
-    watcher.say(f"{folder}: {settings.vocab} tokens")
-
-
-def _made_from(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("made_from")
-    except (OSError, ValueError):
-        return None
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One source of a recipe."""
-
-    recipe: DataRecipe
-    source: AnySource
-    tokenizer: TextTokenizer
-    units: Sequence[Unit]
-    source_key: str
-
-    @property
-    def key(self) -> str:
-        parts = [self.source_key, self.tokenizer.sha256, repr(self.recipe.validation_fraction)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-    @property
-    def parts(self) -> Path:
-        """Work in progress; the key in its name keeps shards of other settings out."""
-        return self.recipe.output / ".parts" / f"{self.source.name}-{self.key[:16]}-{self.recipe.shard_bytes}"
-
-    def outputs(self) -> Iterator[tuple[Path, str]]:
-        yield self.recipe.output / self.source.name, "train"
-        if self.recipe.validation_fraction > 0:
-            yield self.recipe.output / f"{self.source.name}-validation", "validation"
-
-    def is_current(self) -> bool:
-        return all(self._is_whole(prefix) for prefix, _ in self.outputs())
-
-    def _is_whole(self, prefix: Path) -> bool:
-        manifest = read_manifest(prefix)
-        if manifest is None or manifest.get("key") != self.key:
-            return False
-        return all(
-            with_suffix(prefix, suffix).is_file()
-            and with_suffix(prefix, suffix).stat().st_size == manifest[suffix[1:]]["bytes"]
-            for suffix in (".bin", ".idx")
-        )
-
-    def tasks(self) -> list[ShardTask]:
-        groups = group_units(self.units, self.recipe.shard_bytes)
-        return [
-            ShardTask(
-                self.source,
-                group,
-                self.parts / f"{number:06d}",
-                self.recipe.tokenizer_folder,
-                self.recipe.validation_fraction,
-            )
-            for number, group in enumerate(groups)
-        ]
-
-
-def _run_shards(job: _Job, watcher: Watcher, workers: int) -> None:
-    tasks = job.tasks()
-    left = [task for task in tasks if not task.is_done]
-    watcher.begin(f"tokenising {job.source.name}", sum(_bytes(task) for task in tasks))
-    watcher.advance(sum(_bytes(task) for task in tasks if task.is_done))
-    if workers == 1 or len(left) <= 1:
-        for task in left:
-            tokenise_shard(task)
-            watcher.advance(_bytes(task))
-        return
-    # Spawned, not forked: the tokenizer's threads of this process would be lost in a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(left)), mp_context=context) as pool:
-        pending = {pool.submit(tokenise_shard, task): task for task in left}
-        try:
-            for future in as_completed(pending):
-                future.result()
-                watcher.advance(_bytes(pending[future]))
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"source {job.source.name}: a worker process was killed (out of memory? use fewer --workers or a "
-                "smaller shard_bytes); finished shards are kept, run it again"
-            ) from error
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _bytes(task: ShardTask) -> int:
-    return sum(unit.size for unit in task.units)
-
-
-def _merge(job: _Job, prefix: Path, split: str) -> None:
-    """Joins the shards into one pair; its manifest, written last, is what makes it current."""
-    with_suffix(prefix, ".manifest.json").unlink(missing_ok=True)
-    vocab = job.tokenizer.vocab_size
-    dtype = token_dtype(vocab)
-    with PairWriter(prefix, dtype) as writer:
-        for task in job.tasks():
-            writer.append(task.prefix(split))
-    if not writer.lengths:
-        raise DataError(f"{prefix}: no document fell into this split; change validation_fraction or add documents")
-    counts = token_counts(prefix, dtype, vocab)
-    manifest: dict[str, Any] = {
-        "key": job.key,
-        "source": job.source.name,
-        "split": split,
-        "documents": len(writer.lengths),
-        "tokens": writer.tokens,
-        "unigram_entropy": entropy_of(counts),
-        "tokenizer": {"path": str(job.recipe.tokenizer_folder), "sha256": job.tokenizer.sha256, "vocab": vocab},
-    }
-    for suffix in (".bin", ".idx"):
-        file = with_suffix(prefix, suffix)
-        manifest[suffix[1:]] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-    partial = with_suffix(prefix, ".manifest.json.part")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(manifest, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(with_suffix(prefix, ".manifest.json"))
-
-
-def _summary(prefix: Path) -> str:
-    manifest = read_manifest(prefix) or {}
-    return (
-        f"{prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
-        f"unigram entropy {manifest['unigram_entropy']:.3f} nats"
-    )

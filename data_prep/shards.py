@@ -1,46 +1,107 @@
 """One shard of a source: the unit of parallel work and of resuming. Runs in processes of its own."""
 
 import hashlib
+import json
 import os
+import shutil
+import socket
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data_prep.dedup import save_sorted
+from data_prep.document_encoder import DocumentEncoder
 from data_prep.encode import batch_encoder
+from data_prep.filters import DocumentFilters, Filters, NgramList, text_of
+from data_prep.pool import Pulse, Work
 from data_prep.sources.base import Document, Fault, Unit
 from data_prep.sources.registry import AnySource
-from data_prep.writer import PairWriter, token_dtype
-from ouro_megatron.data.indexed import with_suffix
+from data_prep.writer import MAX_LENGTH, PairWriter, token_dtype
 from ouro_megatron.data.tokenizer import load_tokenizer
 from ouro_megatron.errors import DataError
 
+SPLITS = ("train", "validation")
 _BATCH = 64
-"""Documents tokenised at one time."""
+"""Documents tokenised at one time, at most."""
+_BATCH_CHARACTERS = 1 << 20
+"""Characters after which a batch is full, however few documents it holds."""
+_LISTED_FAULTS = 10_000
+"""Faults of a shard that are written down; further ones are counted."""
+_PULSE_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Units of one source to tokenise into PARTS/train and PARTS/validation; picklable."""
+    """Units of one source to tokenise into FOLDER/train and FOLDER/validation; picklable."""
 
     source: AnySource
     units: tuple[Unit, ...]
-    parts: Path
+    folder: Path
+    """Exists when the shard is finished, and is whole then."""
     tokenizer: Path
     validation_fraction: float
+    filters: Filters = field(default_factory=Filters)
+    """The recipe's; the source's own ones are put over them."""
+    chat_template: str | None = None
+    hashes: Path | None = None
+    """Where the documents' hashes go when duplicates are looked for. Kept after the shard is merged."""
 
     @property
     def is_done(self) -> bool:
-        return (self.parts / "done").is_file()
+        return (self.folder / "done.json").is_file() and (self.hashes is None or self.hashes.is_file())
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(unit.size for unit in self.units)
+
+    @property
+    def label(self) -> str:
+        """How a person finds it: the source and its files."""
+        first, last = self.units[0], self.units[-1]
+        where = first.path if first.start == 0 and first.stop is None else f"{first.path} from {first.start}"
+        more = f" to {Path(last.path).name} ({len(self.units)} files)" if len(self.units) > 1 else ""
+        return f"{self.source.name}: {where}{more}"
 
     def prefix(self, split: str) -> Path:
-        return self.parts / split
+        return self.folder / split
+
+    @cached_property
+    def document_filters(self) -> DocumentFilters:
+        return self.source.filters.over(self.filters)
+
+
+@dataclass
+class ShardResult:
+    """What done.json says. Numbers of documents and tokens are those before duplicates are left out."""
+
+    documents: dict[str, int]
+    """By split."""
+    tokens: dict[str, int]
+    text_bytes: int
+    left_out: dict[str, int]
+    """Documents that a filter left out, by its reason; "empty" among them."""
+    faults: int
+    cut_files: list[str]
+    """Files whose end could not be read."""
+    units: list[dict[str, Any]]
+    """Each unit with the documents it gave and a digest of their text."""
+
+    @property
+    def work(self) -> Work:
+        return Work(sum(self.documents.values()), sum(self.tokens.values()), self.text_bytes)
 
 
 def is_held_out(key: str, fraction: float) -> bool:
     """Decided by the key alone: the same on every machine, in every order, and for every source that shares keys."""
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    number = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
     return number < fraction * 2**64
 
 
@@ -65,59 +126,158 @@ def refuse(fault: Fault) -> None:
     raise DataError(f"{fault.path}, {fault.where}: {fault.reason}")
 
 
-def tokenise_shard(task: ShardTask) -> int:
-    """Writes the shard's two pairs, each document followed by the end-of-document id, and a marker at the end.
+def read_result(task: ShardTask) -> ShardResult:
+    """Raises DataError when the shard's mark cannot be read."""
+    path = task.folder / "done.json"
+    try:
+        return ShardResult(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove {task.folder} and run it again") from error
 
-    Returns the bytes of text. Raises DataError naming the file that cannot be read.
+
+def tokenise_shard(task: ShardTask, pulse: Pulse) -> ShardResult:
+    """Makes the shard's folder: its two pairs, each document followed by the end-of-document id, faults and counts.
+
+    It appears whole or not at all. Records that cannot be used are written down, not raised. Raises OSError for a disk
+    that is full, DataError for what makes every document unusable.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    tokenizer = load_tokenizer(task.tokenizer)
-    encoder = batch_encoder(task.tokenizer)
-    dtype = token_dtype(tokenizer.vocab_size)
-    read = 0
-    with (
-        PairWriter(task.prefix("train"), dtype) as train,
-        PairWriter(task.prefix("validation"), dtype) as validation,
-    ):
-        for batch in _batches(task):
-            encoded = encoder.encode_batch([document.text for document in batch]).ended_by(tokenizer.eod)
-            held_out = np.array([is_held_out(document.key, task.validation_fraction) for document in batch])
-            train.add_many(*encoded.only(~held_out))
-            validation.add_many(*encoded.only(held_out))
-            read += sum(len(document.text.encode()) for document in batch)
-    (task.parts / "done").write_text(str(read), encoding="utf-8")
-    return read
+    partial = task.folder.with_name(f"{task.folder.name}.part-{socket.gethostname()}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        result = _Shard(task, partial, pulse).run()
+        (partial / "done.json").write_text(json.dumps(asdict(result)), encoding="utf-8")
+        if task.folder.exists():
+            # Without its mark it was left by hand; with it, another machine was quicker with the same result.
+            shutil.rmtree(task.folder)
+        partial.replace(task.folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return result
 
 
-def _batches(task: ShardTask) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    for unit in task.units:
-        for document in task.source.read(unit, refuse):
-            if document.text:
-                batch.append(document)
-            if len(batch) == _BATCH:
-                yield batch
-                batch = []
+class _Shard:
+    """The state of one shard in the making."""
+
+    def __init__(self, task: ShardTask, folder: Path, pulse: Pulse) -> None:
+        self.task, self.folder, self.pulse = task, folder, pulse
+        self.tokenizer = load_tokenizer(task.tokenizer)
+        self.encoder = DocumentEncoder(
+            self.tokenizer, batch_encoder(task.tokenizer), task.tokenizer, task.chat_template
+        )
+        decontaminate = task.filters.decontaminate
+        self.ngrams = None if decontaminate is None else NgramList(decontaminate)
+        self.left_out: Counter[str] = Counter()
+        self.fault_count = 0
+        self.cut_files: set[str] = set()
+        self.units: list[dict[str, Any]] = []
+        self.text_bytes = 0
+        self._pulsed = time.monotonic()
+
+    def run(self) -> ShardResult:
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        with ExitStack() as stack:
+            self.faults = stack.enter_context((self.folder / "faults.jsonl").open("w", encoding="utf-8"))
+            self.hashes = stack.enter_context((self.folder / "hashes.raw").open("wb"))
+            self.held_out = stack.enter_context((self.folder / "held_out.raw").open("wb"))
+            self.writers = [stack.enter_context(PairWriter(self.folder / split, dtype)) for split in SPLITS]
+            for batch in _batches(self._documents()):
+                self._write(batch)
+        if self.task.hashes is not None:
+            save_sorted(self.folder / "hashes.raw", self.task.hashes)
+        (self.folder / "hashes.raw").unlink()
+        return ShardResult(
+            documents={split: writer.documents for split, writer in zip(SPLITS, self.writers, strict=True)},
+            tokens={split: writer.tokens for split, writer in zip(SPLITS, self.writers, strict=True)},
+            text_bytes=self.text_bytes,
+            left_out=dict(sorted(self.left_out.items())),
+            faults=self.fault_count,
+            cut_files=sorted(self.cut_files),
+            units=self.units,
+        )
+
+    def report(self, fault: Fault) -> None:
+        self.fault_count += 1
+        if fault.ends_unit:
+            self.cut_files.add(fault.path)
+        if self.fault_count <= _LISTED_FAULTS:
+            self.faults.write(json.dumps({"source": self.task.source.name, **asdict(fault)}) + "\n")
+
+    def _documents(self) -> Iterator[tuple[Document, bytes, str]]:
+        """(document, hash, place) of each document that stays."""
+        for unit in self.task.units:
+            digest = hashlib.blake2b(digest_size=16)
+            count = 0
+            for document in self.task.source.read(unit, self.report):
+                place = f"document {count} from {unit.start}" if unit.start else f"document {count}"
+                count += 1
+                try:
+                    content = content_of(document)
+                except UnicodeEncodeError as error:
+                    self.report(Fault(unit.path, place, f"half a surrogate pair at character {error.start}"))
+                    continue
+                hashed = hashlib.blake2b(content, digest_size=16).digest()
+                digest.update(hashed)
+                self.text_bytes += len(content)
+                reason = self._reason(document)
+                if reason is not None:
+                    self.left_out[reason] += 1
+                else:
+                    yield document, hashed, f"{unit.path}\n{place}"
+                self._beat()
+            self.units.append({**asdict(unit), "documents": count, "digest": digest.hexdigest()})
+
+    def _reason(self, document: Document) -> str | None:
+        if not document.text and document.messages is None:
+            return "empty"
+        reason = self.task.document_filters.reason(document)
+        if reason is None and self.ngrams is not None and self.ngrams.occurs_in(text_of(document)):
+            return "contaminated"
+        return reason
+
+    def _write(self, batch: Sequence[tuple[Document, bytes, str]]) -> None:
+        encoded = self.encoder.encode([document for document, _, _ in batch])
+        good = np.array([isinstance(item, int) and item <= MAX_LENGTH for item in encoded.outcome])
+        for (_, _, place), outcome in zip(batch, encoded.outcome, strict=True):
+            if isinstance(outcome, str) or outcome > MAX_LENGTH:
+                path, where = place.split("\n", 1)
+                reason = outcome if isinstance(outcome, str) else f"{outcome} tokens; an index holds {MAX_LENGTH}"
+                self.report(Fault(path, where, reason))
+        fraction = self.task.validation_fraction
+        held_out = np.array([is_held_out(document.key, fraction) for document, _, _ in batch])
+        for writer, chosen in zip(self.writers, (good & ~held_out, good & held_out), strict=True):
+            if chosen.any():
+                ids, lengths, loss = encoded.only(chosen)
+                writer.add_many(ids, lengths, loss)
+        if self.task.hashes is not None:
+            self.hashes.write(b"".join(hashed for (_, hashed, _), ok in zip(batch, good, strict=True) if ok))
+            self.held_out.write(held_out[good].astype(np.uint8).tobytes())
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now - self._pulsed >= _PULSE_SECONDS:
+            self._pulsed = now
+            documents = sum(writer.documents for writer in self.writers)
+            self.pulse(Work(documents, sum(writer.tokens for writer in self.writers), self.text_bytes))
+
+
+def content_of(document: Document) -> bytes:
+    """What makes two documents the same. Raises UnicodeEncodeError for text that is not Unicode."""
+    if document.messages is None:
+        return document.text.encode()
+    return json.dumps(document.messages, sort_keys=True, ensure_ascii=False, default=str).encode()
+
+
+def _batches(documents: Iterator[tuple[Document, bytes, str]]) -> Iterator[list[tuple[Document, bytes, str]]]:
+    batch: list[tuple[Document, bytes, str]] = []
+    characters = 0
+    for item in documents:
+        batch.append(item)
+        characters += len(item[0].text)
+        if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
     if batch:
         yield batch
-
-
-def token_counts(prefix: Path, dtype: np.dtype, vocab: int) -> np.ndarray:
-    """How often each id occurs in a pair's .bin, int64[vocab]; reads it in pieces."""
-    counts = np.zeros(vocab, dtype=np.int64)
-    with with_suffix(prefix, ".bin").open("rb") as file:
-        while piece := file.read(1 << 24):
-            found = np.bincount(np.frombuffer(piece, dtype=dtype), minlength=vocab)
-            if len(found) > vocab:
-                raise ValueError(f"{prefix}.bin holds id {len(found) - 1}, the tokenizer has {vocab}")
-            counts += found
-    return counts
-
-
-def entropy_of(counts: np.ndarray) -> float:
-    """Entropy in nats of the distribution that counts stand for: the loss of the best context-free guess."""
-    total = counts.sum()
-    if total == 0:
-        return 0.0
-    p = counts[counts > 0] / total
-    return float(-(p * np.log(p)).sum())

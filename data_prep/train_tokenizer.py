@@ -2,20 +2,24 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from data_prep.filters import text_of
 from data_prep.recipe import DataRecipe, TrainTokenizer
-from data_prep.shards import is_held_out, refuse
-from data_prep.sources.base import Unit
+from data_prep.shards import is_held_out
+from data_prep.sources.base import Fault, Unit
 from data_prep.sources.registry import AnySource
 from ouro_megatron.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
 
-def train_tokenizer(recipe: DataRecipe, settings: TrainTokenizer, folder: Path, key: str) -> None:
+def train_tokenizer(
+    recipe: DataRecipe, settings: TrainTokenizer, units: Mapping[str, Sequence[Unit]], folder: Path, key: str
+) -> None:
     """Makes `folder` with tokenizer.json and tokenizer_config.json; it appears whole or not at all.
 
-    Only documents of the training split are read, up to `sample_bytes` over all sources.
+    Only documents of the training split are read, up to `sample_bytes` over all sources. What cannot be read is passed
+    over: it is counted when the shards are made.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -26,11 +30,11 @@ def train_tokenizer(recipe: DataRecipe, settings: TrainTokenizer, folder: Path, 
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocab,
-        special_tokens=[settings.end_of_document],
+        special_tokens=list(dict.fromkeys([settings.end_of_document, *settings.special_tokens])),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sample(recipe, settings.sample_bytes), trainer)
+    tokenizer.train_from_iterator(_sample(recipe, units, settings.sample_bytes), trainer)
     partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -42,10 +46,10 @@ def train_tokenizer(recipe: DataRecipe, settings: TrainTokenizer, folder: Path, 
     partial.replace(folder)
 
 
-def _sample(recipe: DataRecipe, sample_bytes: int) -> Iterator[str]:
+def _sample(recipe: DataRecipe, units: Mapping[str, Sequence[Unit]], sample_bytes: int) -> Iterator[str]:
     for source in recipe.sources:
-        units = source.units(recipe.shard_bytes)
-        yield from _sample_of(source, units, sample_bytes // len(recipe.sources), recipe.validation_fraction)
+        limit = sample_bytes // len(recipe.sources)
+        yield from _sample_of(source, units[source.name], limit, recipe.validation_fraction)
 
 
 def _sample_of(source: AnySource, units: Sequence[Unit], limit: int, held_out: float) -> Iterator[str]:
@@ -53,10 +57,18 @@ def _sample_of(source: AnySource, units: Sequence[Unit], limit: int, held_out: f
     stride = max(1, sum(unit.size for unit in units) // limit)
     seen = 0
     for unit in units[::stride]:
-        for document in source.read(unit, refuse):
+        for document in source.read(unit, _overlook):
             if is_held_out(document.key, held_out):
                 continue
-            seen += len(document.text.encode())
+            text = text_of(document)
+            try:
+                seen += len(text.encode())
+            except UnicodeEncodeError:
+                continue
             if seen > limit:
                 return
-            yield document.text
+            yield text
+
+
+def _overlook(fault: Fault) -> None:
+    """Faults are the business of the shards."""

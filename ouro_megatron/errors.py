@@ -43,6 +43,12 @@ class ClusterError(OuroError):
     exit_code = 8
 
 
+class DashboardError(OuroError):
+    """A dashboard that cannot be written or that the server does not take."""
+
+    exit_code = 6
+
+
 class RequestError(OuroError):
     """A request for text that cannot be served as it is: a prompt too long, a setting out of range."""
 

@@ -1,12 +1,16 @@
 """One gzip stream that lies in several files, byte slices of it, to be inflated as if they were joined."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from data_prep.formats.compression import Damaged, inflate_pieces
 from data_prep.formats.files import File, open_file, pieces
+from data_prep.formats.gzip_index import GzipIndex, build_index, index_file, read_index
 from data_prep.formats.lines import Line, cut
 from data_prep.sources.base import Fault, Report, Unit
 
@@ -20,6 +24,8 @@ class GzipParts:
     path: str
     parts: Sequence[File]
     storage_options: Any
+    index_folder: str | None = None
+    """Where its index is looked for; beside the parts when None."""
 
     @property
     def size(self) -> int:
@@ -30,9 +36,41 @@ class GzipParts:
         text = "\n".join(f"{part.name}\t{part.stamp}" for part in self.parts)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def units(self, target_bytes: int) -> list[Unit]:
-        """The whole stream: it can be entered at its beginning only."""
-        return [Unit(self.path, self.size, stamp=self.stamp)]
+    @property
+    def _named(self) -> list[tuple[str, int]]:
+        return [(part.name, part.size) for part in self.parts]
+
+    def index(self) -> GzipIndex | None:
+        """Raises DataError when there is one for other parts."""
+        return read_index(index_file(self.path, self.index_folder), self._named)
+
+    def make_index(self, advance: Callable[[int], None], spacing: int | None = None) -> GzipIndex:
+        """Reads the stream once; `advance` is told the bytes read so far. Raises DataError as `build_index` does."""
+        with io.BufferedReader(_Joined(self)) as stream:
+            path = index_file(self.path, self.index_folder)
+            return build_index(path, stream, self._named, advance, spacing)
+
+    def units(self, target_bytes: int, stamp: str | None = None) -> list[Unit]:
+        """Ranges of the content that begin where the index says; without one the whole stream.
+
+        `stamp`: of the units; made from the parts' own ones when None.
+        """
+        stamp = stamp or self.stamp
+        index = self.index()
+        if index is None or self.size <= target_bytes:
+            return [Unit(self.path, self.size, stamp=stamp)]
+        step = target_bytes * index.content // self.size
+        bounds = [0]
+        for point in index.points:
+            if point.content - bounds[-1] >= step:
+                bounds.append(point.content)
+        bounds.append(index.content)
+        share = self.size / max(1, index.content)
+        return [
+            Unit(self.path, round((stop - start) * share), start, stop, stamp)
+            for start, stop in pairwise(bounds)
+            if stop > start
+        ]
 
     def lines(self, unit: Unit, report: Report, cut_is_expected: bool = False) -> Iterator[Line]:
         """Lines that begin in the unit. `cut_is_expected`: the last parts are left out on purpose."""
@@ -41,11 +79,25 @@ class GzipParts:
             if not (cut_is_expected and fault.reason.endswith("cut off")):
                 report(fault)
 
-        yield from cut(self.path, self._inflated(), told)
+        begin, content = 0, self._placed(lambda: inflate_pieces(self.compressed(0), "gzip"))
+        if unit.start > 0:
+            index = self.index()
+            if index is not None:
+                # From the byte before the unit: a line that begins exactly at its start is its own.
+                begin, inflated = index.read(unit.start - 1, self.compressed)
+                content = self._placed(lambda: inflated)
+        for line in cut(self.path, content, told, at=begin):
+            if unit.stop is not None and line.offset >= unit.stop:
+                return
+            if unit.start == 0:
+                yield line
+            elif line.offset >= unit.start:
+                yield Line(None, line.offset, line.data)
 
-    def _inflated(self) -> Iterator[bytes]:
+    def _placed(self, inflated: Callable[[], Iterator[bytes]]) -> Iterator[bytes]:
+        """Damage with the part it is in."""
         try:
-            yield from inflate_pieces(self.compressed(0), "gzip")
+            yield from inflated()
         except Damaged as damage:
             name, at = self.place(damage.at)
             raise Damaged(f"{name}, byte {at}: {damage.reason}", damage.at) from damage
@@ -69,3 +121,40 @@ class GzipParts:
                 return part.name, at
             at -= part.size
         return self.parts[-1].name, self.parts[-1].size
+
+
+class _Joined(io.RawIOBase):
+    """The parts as one seekable file."""
+
+    def __init__(self, source: GzipParts) -> None:
+        self._source = source
+        self._at = 0
+        self._pieces: Iterator[bytes] | None = None
+        self._held = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        target = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._source.size}[whence]
+        if target != self._at:
+            self._pieces, self._held = None, b""
+        self._at = target
+        return target
+
+    def readinto(self, buffer: Any) -> int:
+        if self._pieces is None:
+            self._pieces = self._source.compressed(self._at)
+        if not self._held:
+            self._held = next(self._pieces, b"")
+        count = min(len(buffer), len(self._held))
+        buffer[:count] = self._held[:count]
+        self._held = self._held[count:]
+        self._at += count
+        return count

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from data_prep.formats import tables
-from data_prep.formats.compression import bare_name
-from data_prep.formats.files import File, Options
+from data_prep.formats.compression import bare_name, codec_of
+from data_prep.formats.files import File, Options, find_files
+from data_prep.formats.gzip_parts import GzipParts
 from data_prep.formats.lines import parse_object, read_lines, split_lines_file
 from data_prep.formats.tables import Column, Row
 from data_prep.sources.base import Fault, Report, Unit
@@ -33,6 +34,8 @@ def split_file(file: File, target_bytes: int, options: Options) -> list[Unit]:
         return tables.split_parquet(file, target_bytes, options)
     if kind == "arrow":
         return tables.split_arrow(file, target_bytes, options)
+    if codec_of(file.path) == "gzip":
+        return GzipParts(file.path, (file,), options).units(target_bytes, file.stamp)
     return split_lines_file(file, target_bytes, options)
 
 
@@ -78,7 +81,10 @@ def read_rows(unit: Unit, wanted: Sequence[str], report: Report, options: Option
 
 
 def _json_rows(unit: Unit, report: Report, options: Options) -> Iterator[Row]:
-    for line in read_lines(unit, report, options):
+    lines = read_lines(unit, report, options)
+    if unit.start > 0 and codec_of(unit.path) == "gzip":
+        lines = GzipParts(unit.path, (find_files("", unit.path, "", options)[0],), options).lines(unit, report)
+    for line in lines:
         try:
             found = parse_object(line.data)
         except ValueError as error:

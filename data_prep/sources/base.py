@@ -6,6 +6,8 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_prep.filters import DocumentFilters
+
 
 @dataclass(frozen=True)
 class Document:
@@ -57,14 +59,17 @@ Report = Callable[[Fault], None]
 class SourceBase(BaseModel):
     """Fields of every source; its own fields and `units` and `read` come with each kind."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Output files are called this."""
+    filters: DocumentFilters = DocumentFilters()
+    """What this source sets here stands in for the recipe's filters."""
 
 
 class Source(Protocol):
     name: str
+    filters: DocumentFilters
 
     def units(self, target_bytes: int) -> list[Unit]:
         """All units in an order that never changes, each of about `target_bytes` where the format can be split.

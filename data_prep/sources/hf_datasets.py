@@ -25,9 +25,11 @@ class HuggingFaceDataset(TextTable):
     path: str
     """Hub id such as "HuggingFaceFW/fineweb-edu", or a folder."""
     pattern: str = "**/*"
+    """Not used: the library finds the files."""
     config: str | None = None
     """Name of the dataset's configuration."""
     split: str = "train"
+    """Name of the dataset's split."""
     revision: str | None = None
     """Commit of a Hub dataset. Without it the newest is used, and a resumed run may read another."""
     chat: bool = False
@@ -39,8 +41,10 @@ class HuggingFaceDataset(TextTable):
         self._check(names)
         if self._saved():
             return self._row_ranges(dataset, target_bytes)
+        # What a shard weighs is known for some datasets only; otherwise each counts as a unit of the wanted size.
+        size = (dataset.info.download_size or 0) // dataset.num_shards or target_bytes
         stamp = self.revision or ""
-        return [Unit(self.path, 0, index, index + 1, stamp) for index in range(dataset.num_shards)]
+        return [Unit(self.path, size, index, index + 1, stamp) for index in range(dataset.num_shards)]
 
     def _saved(self) -> bool:
         folder = Path(self.path)

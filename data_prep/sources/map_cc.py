@@ -13,6 +13,8 @@ from data_prep.sources.tabular import TextTable, is_taken
 from ouro_megatron.errors import DataError
 
 _PART = re.compile(r"^(?P<family>.+\.gz)\.part(?P<index>\d+|[a-z]{2})$")
+_LARGE = 4 << 30
+"""Bytes of a stream that need an index."""
 _PUBLISHED = {"zh_cc": 36, "zh_books": 3, "zh_baike": 1, "zh_others": 2, "zh_papers": 2}
 """Parts of each family as published."""
 
@@ -20,18 +22,22 @@ _PUBLISHED = {"zh_cc": 36, "zh_books": 3, "zh_baike": 1, "zh_others": 2, "zh_pap
 class MapCC(TextTable):
     """MAP-CC: zh_cc, zh_baike, zh_books, zh_others, zh_papers, each a gzip stream in numbered parts.
 
-    A stream can only be inflated from its beginning, so each family is one unit until `ouro data index` has noted
-    places to start from; then it is cut into ranges like any other file.
+    A stream can only be inflated from its beginning, until `ouro data index` has noted places to start from; then it
+    is cut into ranges like any other file. Without an index a family is one unit, for one worker.
     """
 
     kind: Literal["map_cc"]
     pattern: str = "**/*.jsonl.gz{,.part*}"
     families: tuple[Literal["zh_cc", "zh_baike", "zh_books", "zh_others", "zh_papers"], ...] = ()
     """Families to use; all when left out."""
+    index: str | None = None
+    """Folder of the indices that `ouro data index` makes; beside the parts when left out."""
+    unindexed: bool = False
+    """Read large families without an index, each as one unit that begins anew after a kill."""
 
     fallback_keys: ClassVar[tuple[str, ...]] = ("url", "id")
 
-    def streams(self) -> list[GzipParts]:
+    def gzip_streams(self) -> list[GzipParts]:
         """Each family with its parts in the order of their numbers. Raises DataError naming a part that is missing."""
         groups: dict[str, list[tuple[int, File]]] = defaultdict(list)
         for file in find_files(self.name, self.path, self.pattern, self.storage_options):
@@ -67,11 +73,17 @@ class MapCC(TextTable):
             if missing:
                 parts = [part for part in parts if part[0] < missing[0]]
         files = tuple(file for _, file in parts)
-        return GzipParts(path, files, self.storage_options)
+        return GzipParts(path, files, self.storage_options, self.index)
 
     def units(self, target_bytes: int) -> list[Unit]:
-        streams = self.streams()
+        streams = self.gzip_streams()
         for stream in streams:
+            if stream.size > _LARGE and not self.unindexed and stream.index() is None:
+                raise DataError(
+                    f"source {self.name}: {stream.path} is one gzip stream of {stream.size / 1e9:,.0f} GB, which one "
+                    "worker alone would have to read, from its beginning after each kill. Make its index first: "
+                    "ouro data index RECIPE (one pass). Or set `unindexed: true`"
+                )
             self._check_first_row(stream)
         return [unit for stream in streams for unit in stream.units(target_bytes)]
 
@@ -91,7 +103,7 @@ class MapCC(TextTable):
                 return
 
     def read(self, unit: Unit, report: Report) -> Iterator[Document]:
-        stream = next((stream for stream in self.streams() if stream.path == unit.path), None)
+        stream = next((stream for stream in self.gzip_streams() if stream.path == unit.path), None)
         if stream is None:
             raise DataError(f"source {self.name}: {unit.path} is not there any more")
         keys = (self.key,) if self.key is not None else self.fallback_keys

@@ -85,7 +85,7 @@ class NemotronSftCode(NemotronSft):
 
 
 class NemotronSftMath(NemotronSft):
-    """Nemotron-SFT-MATH: `input: ... output: ...`. Not part of Ouro's recipe. Plain text unless asked."""
+    """Nemotron-SFT-MATH, texts that begin with `input:`. Not part of Ouro's recipe. Plain text unless asked."""
 
     kind: Literal["nemotron_sft_math"]
     roles: bool = False

@@ -48,6 +48,8 @@ class SftMix(SourceBase):
         names = [member.name for member in sets]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two sets are called {twice[0]!r}")
+        if filtered := [member.name for member in sets if "filters" in member.model_fields_set]:
+            raise ValueError(f"set {filtered[0]!r} has filters of its own; give them to the mix")
         return sets
 
     def units(self, target_bytes: int) -> list[Unit]:

@@ -9,7 +9,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from data_prep.formats.compression import codec_of
 from data_prep.formats.files import File, find_files, is_url
+from data_prep.formats.gzip_parts import GzipParts
 from data_prep.formats.rows import columns_of, format_of, read_rows, split_file
 from data_prep.formats.tables import Column
 from data_prep.sources.base import Document, Fault, Report, SourceBase, Unit
@@ -123,6 +125,14 @@ class TextTable(FileSource):
         files = self.files()
         self.check_columns(files)
         return self.units_of(files, target_bytes)
+
+    def gzip_streams(self) -> list[GzipParts]:
+        """Those files that an index lets many workers read."""
+        return [
+            GzipParts(file.path, (file,), self.storage_options)
+            for file in self.files()
+            if codec_of(file.path) == "gzip" and format_of(file.path) == "json"
+        ]
 
     def check_columns(self, files: Sequence[File]) -> None:
         """Raises DataError naming the first file whose columns do not fit."""

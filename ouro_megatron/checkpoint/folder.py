@@ -4,7 +4,8 @@
       step-00000040/
         *.distcp, .metadata, metadata.json, common.pt    Megatron-Core's distributed checkpoint
         state.json                                       counters, recipe, history, data fingerprint
-        complete.json                                    written last: sizes of all other files
+        complete.json                                    written last: sizes and hashes of all other files
+      step-00000030.corrupt/                             set aside: did not agree with its marker
 
 A folder without a complete.json that agrees with its files is never loaded.
 """
@@ -13,10 +14,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ouro_megatron.checkpoint.hashes import ALGORITHM, hash_of
 from ouro_megatron.errors import CheckpointError
 
 MARKER = "complete.json"
@@ -62,20 +65,47 @@ def _sizes(folder: Path) -> dict[str, int]:
     }
 
 
-def mark_complete(folder: Path) -> None:
-    """Makes the folder count as a checkpoint. One rank calls it, after all files of all ranks are on disk."""
-    write_json(folder / MARKER, {"files": _sizes(folder)})
+def mark_complete(folder: Path, hashes: Mapping[str, str] | None = None) -> None:
+    """Makes the folder count as a checkpoint. One rank calls it, after all files of all ranks are on disk.
+
+    `hashes` by file name are taken as they are; files that are not in it are read and hashed here.
+    """
+    sizes = _sizes(folder)
+    known = hashes or {}
+    digests = {name: known.get(name) or hash_of(folder / name) for name in sizes}
+    write_json(folder / MARKER, {"files": sizes, "hash": ALGORITHM, "hashes": digests})
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # the marker's name, too, must survive a power cut
+    finally:
+        os.close(handle)
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """`files` (name -> bytes) and `hashes` (name -> hash) of complete.json; no hashes in one of an older version.
+
+    Raises CheckpointError when it is missing or unreadable.
+    """
+    marker = folder / MARKER
+    if not marker.is_file():
+        raise CheckpointError(f"{MARKER} is missing: the save was interrupted")
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        files, hashes = dict(content["files"]), dict(content.get("hashes", {}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{MARKER} cannot be read ({error})") from error
+    return {"files": files, "hashes": hashes if content.get("hash") == ALGORITHM else {}}
 
 
 def problem_with(folder: Path) -> str | None:
-    """Why `folder` is not a complete checkpoint, naming the file; None when it is one."""
-    marker = folder / MARKER
-    if not marker.is_file():
-        return f"{MARKER} is missing: the save was interrupted"
+    """Why `folder` is not a complete checkpoint, naming the file; None when it is one.
+
+    Looks at names and sizes; `checkpoint/verify.py` reads the contents.
+    """
     try:
-        files = json.loads(marker.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MARKER} cannot be read ({error})"
+        files = read_marker(folder)["files"]
+    except CheckpointError as error:
+        return str(error)
     for name, size in files.items():
         file = folder / name
         if not file.is_file():
@@ -94,13 +124,15 @@ class Resolved:
     """One sentence for each newer folder that is not complete."""
 
 
-def resolve(path: Path) -> Resolved:
+def resolve(path: Path, damaged: Mapping[Path, str] | None = None) -> Resolved:
     """The checkpoint at `path`: the folder itself, or the newest complete one under it or under its checkpoints/.
 
+    `damaged`: folders that are known to be unusable though their sizes are right, and why.
     Raises CheckpointError when there is none, with the reason for each candidate.
     """
+    damaged = damaged or {}
     if (path / STATE).is_file() or (path / MARKER).is_file():
-        problem = problem_with(path)
+        problem = problem_with(path) or damaged.get(path)
         if problem:
             raise CheckpointError(f"{path} is not a complete checkpoint: {problem}")
         return Resolved(path, [])
@@ -109,7 +141,7 @@ def resolve(path: Path) -> Resolved:
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     skipped: list[str] = []
     for folder in reversed(step_folders(root)):
-        problem = problem_with(folder)
+        problem = problem_with(folder) or damaged.get(folder)
         if problem is None:
             return Resolved(folder, skipped)
         skipped.append(f"{folder} is not complete: {problem}")
@@ -140,6 +172,17 @@ def prune(root: Path, keep_last: int, is_permanent: Callable[[int], bool]) -> li
         remove(folder)
         deleted.append(folder)
     return deleted
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a damaged checkpoint to step-N.corrupt, where nothing looks for checkpoints; returns the new path."""
+    target = folder.with_name(f"{folder.name}.corrupt")
+    count = 1
+    while target.exists():
+        count += 1
+        target = folder.with_name(f"{folder.name}.corrupt-{count}")
+    folder.rename(target)
+    return target
 
 
 def remove(folder: Path) -> None:

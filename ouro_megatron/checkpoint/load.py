@@ -13,6 +13,7 @@ from ouro_megatron.checkpoint.huggingface.config import is_pretrained
 from ouro_megatron.checkpoint.save import describe
 from ouro_megatron.checkpoint.state import RunState, check_same_model, read_state
 from ouro_megatron.checkpoint.tensors import moment_template, put_optimizer, put_weights, weight_template
+from ouro_megatron.checkpoint.verify import check_contents
 from ouro_megatron.data.tokenizer import TextTokenizer, load_tokenizer
 from ouro_megatron.errors import CheckpointError
 from ouro_megatron.model.looplm import LoopLM
@@ -87,7 +88,8 @@ def load_for_inference(path: Path, device: str = "cpu", context: ParallelContext
     """The model at `path` (a checkpoint, a folder of them, a run folder, or a folder in the published layout) in fp32.
 
     In one process, or at the layout of `context`, whose ranks all call this together.
-    Raises CheckpointError as `resolve` does and DataError when its tokenizer has moved.
+    Its files are read against their hashes first. Raises CheckpointError as `resolve` does, or when a file has changed,
+    and DataError when its tokenizer has moved.
     """
     if is_pretrained(path):
         from ouro_megatron.checkpoint.huggingface.load import load_pretrained
@@ -95,6 +97,10 @@ def load_for_inference(path: Path, device: str = "cpu", context: ParallelContext
         lm, context, recipe, state, tokenizer = load_pretrained(path, device, context)
         return InferenceModel(lm, context, recipe, state, path, tokenizer)
     found = resolve(path)
+    if context is None:
+        check_contents(found.folder)
+    else:
+        check_contents(found.folder, context.rank, context.world_size)
     state = read_state(found.folder)
     recipe = Recipe.model_validate(state.recipe)
     tokenizer = load_tokenizer(tokenizer_folder(found.folder, recipe), model_vocab=recipe.model.vocab)

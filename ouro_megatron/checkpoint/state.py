@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ouro_megatron.checkpoint.folder import STATE, write_json
+from ouro_megatron.data.skipping import Window, position, with_window
 from ouro_megatron.errors import CheckpointError
 
 FORMAT = 1
@@ -54,6 +55,10 @@ class RunState:
     """Where in the blend this stage began: the next sample is number `first_sample` + `samples`."""
     history: list[StageRecord] = field(default_factory=list)
     """Stages before this one, first to last."""
+    health: dict[str, Any] = field(default_factory=dict)
+    """Skipped updates in a row, the window that outliers are judged by, and rollbacks; see training/progress.py."""
+    pending_evaluation: bool = False
+    """A stop interrupted the evaluation that was due at this step: it is made up for when the run goes on."""
     origin: Literal["training", "upcycle", "average", "import"] = "training"
     """Others than `training`: made from another model or several; its counters are those of a stage not begun."""
     format: int = FORMAT
@@ -88,6 +93,11 @@ def record_of(state: RunState, folder: Path | None = None) -> StageRecord:
     """The stage a checkpoint is of, as an entry of the history."""
     model, data = state.recipe["model"], state.recipe["data"]
     detail = f"{model['layers']} layers x {model['loops']} loops, sequence {data['sequence_length']}"
+    if state.skipped_steps:
+        detail += f", {state.skipped_steps} updates skipped"
+    rollbacks = state.health.get("rollbacks", [])
+    if rollbacks:
+        detail += f", {len(rollbacks)} rollbacks"
     where = None if folder is None else str(folder)
     return StageRecord(
         state.recipe["name"], "training", state.step, state.tokens, detail, stage_facts(state.recipe), where
@@ -113,6 +123,14 @@ def stage_facts(recipe: dict[str, Any]) -> dict[str, Any]:
         "data_position_carried": bool(init.get("data_position")),
         "blend": {entry.get("name") or Path(entry["path"]).name: entry["weight"] for entry in recipe["data"]["train"]},
     }
+
+
+def next_sample(state: RunState) -> int:
+    """Number of the blend's sample that follows those this stage has read, rollbacks left out."""
+    windows: tuple[Window, ...] = ()
+    for entry in state.health.get("rollbacks", []):
+        windows = with_window(windows, Window(entry["start"], entry["end"]))
+    return position(windows, state.first_sample + state.samples)
 
 
 def tokens_in_all(state: RunState) -> int:

@@ -1,4 +1,4 @@
-"""`ouro evaluate` and `ouro upcycle`."""
+"""`ouro upcycle`."""
 
 import warnings
 from pathlib import Path
@@ -10,24 +10,6 @@ if TYPE_CHECKING:
     from ouro_megatron.evaluation.held_out import HeldOut
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its newest is taken).")]
-
-
-def evaluate(
-    checkpoint: Checkpoint,
-    loops: Annotated[int | None, typer.Option(min=1, help="Loops; the training's when left out.")] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Held-out sequences.")] = 64,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-) -> None:
-    """Held-out loss of a checkpoint, loop by loop.
-
-    Example:
-
-        ouro evaluate runs/demo/4-gate --loops 8
-    """
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    from ouro_megatron.evaluation.held_out import evaluate_checkpoint
-
-    _table([evaluate_checkpoint(checkpoint, loops=loops, sequences=sequences, device=device)])
 
 
 def upcycle(

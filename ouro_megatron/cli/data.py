@@ -1,4 +1,4 @@
-"""`ouro data`: prepare, verify, describe and show training data."""
+"""`ouro data`: prepare training data, on one machine or many."""
 
 import os
 from pathlib import Path
@@ -6,112 +6,166 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ouro_megatron.cli.data_look import blend, inspect, stats, table_console, verify
+from ouro_megatron.cli.data_sources import fixtures, index, preview, sources
+from ouro_megatron.cli.data_tokenizer import check_tokenizer
 
 data = typer.Typer(help="Prepare, verify, describe and show training data.", no_args_is_help=True)
 
-Prefixes = Annotated[list[Path], typer.Argument(help="Path of a .bin/.idx pair without the suffix.")]
+Recipe = Annotated[Path, typer.Argument(help="Data recipe (YAML).", show_default=False)]
+Workers = Annotated[int, typer.Option(min=1, help="Processes; one a core when left out.", show_default=False)]
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_SLURM = "Slurm"
 
 
-class _Bars:
-    """Progress bars in a terminal, plain lines elsewhere."""
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
 
-    def __init__(self, console: Console, progress: Progress | None) -> None:
-        self._console = console
-        self._progress = progress
-        self._task = None if progress is None else progress.add_task("")
 
-    def begin(self, what: str, total: int) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.reset(self._task, description=what, total=total or None)
-        else:
-            self._console.print(what)
-
-    def advance(self, amount: int) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task, amount)
-
-    def say(self, line: str) -> None:
-        self._console.print(line)
+def _share(text: str) -> tuple[int, int]:
+    """ "2/8" as (2, 8)."""
+    first, _, count = text.partition("/")
+    if not (first.isdigit() and count.isdigit() and int(first) < int(count)):
+        raise typer.BadParameter(f"{text!r} is not i/N with 0 <= i < N, such as 0/8")
+    return int(first), int(count)
 
 
 @data.command()
 def prepare(
-    recipe: Annotated[Path, typer.Argument(help="Data recipe (YAML).", show_default=False)],
-    workers: Annotated[
-        int, typer.Option(min=1, help="Tokenising processes; one a core when left out.", show_default=False)
-    ] = os.cpu_count() or 1,
+    recipe: Recipe,
+    workers: Workers = _CORES,
     force: Annotated[bool, typer.Option("--force", help="Make everything again.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="i/N", help="Tokenise share i (from 0) of N only; `ouro data merge` after.")
+    ] = None,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Submit Slurm jobs for what is missing.", rich_help_panel=_SLURM)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --slurm: write the scripts only.", rich_help_panel=_SLURM)
+    ] = False,
+    array_tasks: Annotated[int, typer.Option(min=1, help="Tasks of the array.", rich_help_panel=_SLURM)] = 16,
+    max_running: Annotated[
+        int | None, typer.Option(min=1, help="Array tasks at one time.", rich_help_panel=_SLURM)
+    ] = None,
+    cpus_per_task: Annotated[int, typer.Option(min=1, help="Processes a task.", rich_help_panel=_SLURM)] = 8,
+    memory: Annotated[str | None, typer.Option("--mem", help="Memory a task.", rich_help_panel=_SLURM)] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit.", rich_help_panel=_SLURM)] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition.", rich_help_panel=_SLURM)] = None,
+    account: Annotated[str | None, typer.Option(help="Account.", rich_help_panel=_SLURM)] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="Another sbatch option; may be repeated.", rich_help_panel=_SLURM)
+    ] = None,
 ) -> None:
     """Turn raw text into a tokenizer and .bin/.idx pairs. Skips what is up to date, goes on after a kill.
 
-    Example:
+    Examples:
 
         ouro data prepare stages/demo/data.yaml
+
+        ouro data prepare web.yaml --slurm --array-tasks 64 --cpus-per-task 32 --partition cpu --time 12:00:00
+
+        ouro data prepare web.yaml --shard 3/8      (on machine 3 of 0..7; then `ouro data merge web.yaml` on one)
     """
+    from data_prep.display import Display
     from data_prep.prepare import load_data_recipe
     from data_prep.prepare import prepare as run
+    from data_prep.slurm import SlurmOptions, submit
 
     settings = load_data_recipe(recipe)
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        run(settings, _Bars(console, None), workers=workers, force=force)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        run(settings, _Bars(console, progress), workers=workers, force=force)
+    share = None if shard is None else _share(shard)
+    if slurm and (shard is not None or force):
+        raise typer.BadParameter("--slurm goes with neither --shard nor --force")
+    if dry_run and not slurm:
+        raise typer.BadParameter("--dry-run goes with --slurm")
+    with Display(_console()) as display:
+        if not slurm:
+            run(settings, display, workers=workers, force=force, shard=share)
+            return
+        options = SlurmOptions(
+            array_tasks, max_running, cpus_per_task, memory, time, partition, account, tuple(sbatch or ())
+        )
+        submit(settings, recipe, options, display, dry_run=dry_run)
 
 
 @data.command()
-def verify(prefixes: Prefixes) -> None:
-    """Read all of each pair and compare it with its index and manifest.
+def merge(recipe: Recipe, workers: Workers = _CORES) -> None:
+    """Join shards that `ouro data prepare --shard` made to .bin/.idx pairs.
 
     Example:
 
-        ouro data verify data/demo/code data/demo/prose
+        ouro data merge web.yaml
     """
-    from data_prep.verify import verify as check
+    from data_prep.display import Display
+    from data_prep.prepare import load_data_recipe, merge_all
 
-    for prefix in prefixes:
-        typer.echo(check(prefix))
+    settings = load_data_recipe(recipe)
+    with Display(_console()) as display:
+        merge_all(settings, display, workers=workers)
 
 
 @data.command()
-def stats(prefixes: Prefixes) -> None:
-    """Documents, tokens, lengths and unigram entropy of each pair.
+def plan(recipe: Recipe) -> None:
+    """List the input once, so that many `--shard` runs need not do it each. Run it again when files changed.
 
     Example:
 
-        ouro data stats data/demo/code data/demo/prose
+        ouro data plan web.yaml
+    """
+    from data_prep.plan import list_units, save_units
+    from data_prep.prepare import load_data_recipe
+
+    settings = load_data_recipe(recipe)
+    units = list_units(settings)
+    path = save_units(settings, units)
+    for name, found in units.items():
+        typer.echo(f"{name}: {len(found):,} units, {sum(unit.size for unit in found) / 1e9:,.3f} GB")
+    typer.echo(str(path))
+
+
+@data.command()
+def tokenizer(recipe: Recipe) -> None:
+    """Train the tokenizer of a recipe and nothing else.
+
+    Example:
+
+        ouro data tokenizer stages/demo/data.yaml
+    """
+    from data_prep.display import Display
+    from data_prep.plan import list_units
+    from data_prep.prepare import load_data_recipe, make_tokenizer
+
+    settings = load_data_recipe(recipe)
+    with Display(_console()) as display:
+        make_tokenizer(settings, list_units(settings, saved=True), display)
+
+
+@data.command()
+def status(recipe: Recipe) -> None:
+    """How far each source is: shards, documents, tokens, faults.
+
+    Example:
+
+        ouro data status web.yaml
     """
     from rich.table import Table
 
-    from data_prep.verify import stats as describe
+    from data_prep.prepare import load_data_recipe
+    from data_prep.status import status as look
 
-    table = Table("data", "documents", "tokens", "shortest", "median", "longest", "ids used", "unigram entropy (nats)")
-    for prefix in prefixes:
-        found = describe(prefix)
-        numbers = (found.documents, found.tokens, found.shortest, found.median, found.longest, found.used_ids)
-        table.add_row(str(prefix), *(f"{number:,}" for number in numbers), f"{found.unigram_entropy:.3f}")
-    Console().print(table)
+    table = Table("source", "state", "shards", "input (GB)", "documents", "tokens", "left out", "faults")
+    for found in look(load_data_recipe(recipe)):
+        table.add_row(
+            found.name,
+            found.state,
+            f"{found.finished:,} of {found.shards:,}",
+            f"{found.input_bytes / 1e9:,.3f}",
+            *(f"{number:,}" for number in (found.documents, found.tokens, found.left_out, found.faults)),
+        )
+    table_console().print(table)
 
 
-@data.command()
-def inspect(
-    prefix: Annotated[Path, typer.Argument(help="Path of a .bin/.idx pair without the suffix.")],
-    document: Annotated[int, typer.Option(min=0, help="First document to show.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="How many documents.")] = 1,
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder; the manifest's when left out.")] = None,
-    ids: Annotated[bool, typer.Option("--ids", help="Show token ids instead of text.")] = False,
-) -> None:
-    """Show documents as text or ids.
-
-    Example:
-
-        ouro data inspect data/demo/prose --document 3
-    """
-    from data_prep.verify import documents
-
-    for number, tokens, text in documents(prefix, document, count, tokenizer):
-        typer.secho(f"--- document {number}: {len(tokens)} tokens", fg="cyan")
-        typer.echo(" ".join(map(str, tokens)) if ids else text)
+for command in (verify, stats, inspect, blend, sources, fixtures, preview, index):
+    data.command()(command)
+data.command("check-tokenizer")(check_tokenizer)

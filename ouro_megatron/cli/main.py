@@ -8,14 +8,21 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ouro_megatron.cli.analyse import analyse
+from ouro_megatron.cli.benchmark import benchmark
+from ouro_megatron.cli.chat import chat
 from ouro_megatron.cli.checkpoint import checkpoint
-from ouro_megatron.cli.checkpoints import evaluate, upcycle
+from ouro_megatron.cli.checkpoints import upcycle
 from ouro_megatron.cli.cluster import cancel, status, submit
+from ouro_megatron.cli.dashboard import dashboard
 from ouro_megatron.cli.data import data
+from ouro_megatron.cli.evaluation import evaluate
 from ouro_megatron.cli.exchange import export, import_checkpoint
 from ouro_megatron.cli.generate import generate
+from ouro_megatron.cli.plan import plan
 from ouro_megatron.cli.recipe import recipe
 from ouro_megatron.cli.report import report
+from ouro_megatron.cli.serve import serve
 from ouro_megatron.cli.train import train
 from ouro_megatron.errors import OuroError
 
@@ -44,8 +51,13 @@ def root(
 
 
 app.command()(train)
+app.command()(plan)
 app.command()(generate)
-app.command()(evaluate)
+app.command()(chat)
+app.command()(serve)
+app.command()(benchmark)
+app.command("eval")(evaluate)
+app.command("evaluate", hidden=True)(evaluate)  # the name it had
 app.command()(upcycle)
 app.command()(export)
 app.command("import")(import_checkpoint)
@@ -54,6 +66,8 @@ app.command()(submit)
 app.command()(status)
 app.command()(cancel)
 app.add_typer(checkpoint, name="checkpoint")
+app.command()(dashboard)
+app.add_typer(analyse, name="analyse")
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 

@@ -39,10 +39,15 @@ SPLITS = {"train": "train", "validation": "valid", "test": "test"}
 
 
 class SampleDataset(Dataset[dict[str, torch.Tensor]]):
-    """`samples` samples of a blend. Item k: tokens int64[s], labels int64[s], loss_mask float32[s]."""
+    """`samples` samples of a blend. Item k: tokens int64[s], labels int64[s], loss_mask float32[s].
 
-    def __init__(self, blend: "BlendedDataset", names: Sequence[str], infos: Sequence[PrefixInfo]) -> None:
+    Raises DataError for a token beyond `vocab`: a damaged page of a .bin file would otherwise train, or end the process
+    in the middle of a device's kernel.
+    """
+
+    def __init__(self, blend: "BlendedDataset", names: Sequence[str], infos: Sequence[PrefixInfo], vocab: int) -> None:
         self._blend = blend
+        self._vocab = vocab
         self.names = list(names)
         self.infos = list(infos)
 
@@ -53,11 +58,25 @@ class SampleDataset(Dataset[dict[str, torch.Tensor]]):
         if not 0 <= k < len(self):
             raise IndexError(f"sample {k} of {len(self)}: the run asked for fewer samples than it reads")
         item = self._blend[k]
+        largest = max(int(item["tokens"].max()), int(item["labels"].max()))
+        if largest >= self._vocab:
+            raise DataError(
+                f"sample {k} holds token {largest}, the vocabulary ends at {self._vocab - 1}: the .bin file of source "
+                f"{self.source_of(k)!r} has been damaged. Check it with `ouro data verify` and copy it again"
+            )
         return {name: item[name] for name in ("tokens", "labels", "loss_mask")}
 
     def source_of(self, k: int) -> str:
         """Name of the source that sample k comes from."""
         return self.names[int(self._blend.dataset_index[k])]
+
+    def source_counts(self, start: int, end: int) -> dict[str, int]:
+        """Samples of [start, end) by source; sources of the same name are added up."""
+        taken = np.bincount(np.asarray(self._blend.dataset_index[start:end]), minlength=len(self.names))
+        counts: dict[str, int] = {}
+        for name, count in zip(self.names, taken, strict=True):
+            counts[name] = counts.get(name, 0) + int(count)
+        return counts
 
     def counts(self) -> dict[str, int]:
         """Samples taken from each source."""
@@ -150,7 +169,7 @@ def build_dataset(
         else:
             on_rank_zero(lambda: _build(request, cache, keep=True))
             blend = agree(lambda: _build(request, cache, keep=True), "reading the sample indices")
-    return SampleDataset(blend, [entry.name or entry.path.name for entry in entries], infos)
+    return SampleDataset(blend, [entry.name or entry.path.name for entry in entries], infos, tokenizer.vocab_size)
 
 
 def _check_entry(entry: BlendEntry, tokenizer: TextTokenizer, sequence_length: int) -> PrefixInfo:

@@ -75,6 +75,11 @@ class MicrobatchReader:
             )
         return self._read(wanted, self._guess_next(consumed + global_batch, global_batch))
 
+    def source_counts(self, start: int, end: int) -> dict[str, int]:
+        """Samples [start, end) by source of the blend; empty when the dataset cannot tell."""
+        counts = getattr(self._dataset, "source_counts", None)
+        return counts(start, end) if counts is not None else {}
+
     def close(self) -> None:
         """Ends the reading thread."""
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -105,8 +105,8 @@ class Engine:
         if len(request.prompt) + (request.max_tokens or 0) > settings.context:
             room = settings.context - len(request.prompt)
             raise RequestError(
-                f"the prompt has {len(request.prompt)} tokens, so max_tokens {request.max_tokens} does not fit into the "
-                f"context of {settings.context}: ask for at most {room} or raise --context",
+                f"the prompt has {len(request.prompt)} tokens, so max_tokens {request.max_tokens} does not fit into "
+                f"the context of {settings.context}: ask for at most {room} or raise --context",
                 field="max_tokens",
             )
         loops = self._loops_of(request)

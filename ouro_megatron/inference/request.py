@@ -6,7 +6,7 @@ from typing import Literal
 from ouro_megatron.errors import RequestError
 from ouro_megatron.inference.exit_policy import ExitPolicy
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Finished:
     """What was held back until now."""
     row_visits: int = 0
     """Positions times visits of the layers that the sequence took, its prompt included."""
+    message: str = ""
+    """What went wrong, for `error`."""
 
 
 @dataclass(frozen=True)

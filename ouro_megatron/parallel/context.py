@@ -1,6 +1,7 @@
 """The ranks' view of the world: who am I, which groups do I talk in. Passed explicitly, never a global of ours."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -80,6 +81,14 @@ class ParallelContext:
         tensor = torch.tensor([value], device=self.device, dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor.item())
+
+    def from_rank_zero(self, values: Sequence[float]) -> list[float]:
+        """Rank 0's `values` (fp64) on every rank. All ranks call it."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, device=self.device, dtype=torch.float64)
+        dist.broadcast(tensor, src=0)
+        return [float(value) for value in tensor.tolist()]
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ouro_megatron.parallel.context import ParallelContext
+from ouro_megatron.parallel.schedule_clock import ScheduleClock
 
 ForwardStep = Callable[[Iterator[Any], "LoopView"], tuple[Tensor, Callable[[Tensor], tuple[Any, ...]] | None]]
 
@@ -72,12 +73,14 @@ class LoopPipeline:
         sequence_length: int,
         microbatch_size: int,
         forward_only: bool = False,
+        clock: ScheduleClock | None = None,
     ) -> list[Any]:
         """One pass over `batches`, this data-parallel rank's microbatches. Every rank of the job calls it together.
 
         Returns what the loss function handed out per microbatch, on the last pipeline rank; an empty list elsewhere.
-        Each view gets its own iterator of (index, microbatch) pairs.
+        Each view gets its own iterator of (index, microbatch) pairs. `clock` records when each task ran.
         """
+        self._views_config.timers = clock
         iterators = [iter(list(enumerate(batches))) for _ in self.views]
         arguments: dict[str, Any] = {}
         if self._context.pipeline_size > 1:

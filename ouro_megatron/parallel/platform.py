@@ -38,13 +38,21 @@ class Platform:
     def is_cpu(self) -> bool:
         return self.device.type == "cpu"
 
+    def memory_in_use(self) -> int | None:
+        """The most bytes this process has held on its GPU so far; None on a CPU."""
+        return None if self.is_cpu else int(torch.cuda.max_memory_allocated(self.device))
+
     def megatron_calls(self) -> AbstractContextManager[Any]:
         """Context for calls into Megatron-Core that build or step an optimizer: they ask tensors for CUDA types."""
-        return _CudaNamesOnCpu() if self.is_cpu else nullcontext()
+        return nullcontext() if self.device.type == "cuda" else _CudaNames(self.device)
 
 
-class _CudaNamesOnCpu(TorchFunctionMode):
-    """device="cuda" means the CPU, Tensor.cuda() is the identity, Tensor.type() answers with the CUDA name."""
+class _CudaNames(TorchFunctionMode):
+    """device="cuda" means the stand-in, Tensor.cuda() is the identity, Tensor.type() answers with the CUDA name."""
+
+    def __init__(self, stand_in: torch.device) -> None:
+        super().__init__()
+        self._stand_in = stand_in
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -54,42 +62,44 @@ class _CudaNamesOnCpu(TorchFunctionMode):
             return args[0]
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
-            kwargs = {**kwargs, "device": _CPU}
+            kwargs = {**kwargs, "device": self._stand_in}
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str):
             return _CUDA_TYPE_NAMES.get(result, result)
         return result
 
 
-class _TorchOnCpu(ModuleType):
-    """Stands in for the name `torch` inside one Megatron module: factories asked for "cuda" make CPU tensors.
+class _TorchWithoutCuda(ModuleType):
+    """Stands in for the name `torch` inside one Megatron module: factories asked for "cuda" use another device.
 
     Used where a function mode would sit around the whole forward and backward pass and slow every operator.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stand_in: torch.device) -> None:
         super().__init__("torch")
+        self._stand_in = stand_in
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)
         if name in ("zeros", "tensor", "empty", "ones"):
-            return _on_cpu(value)
+            return _instead_of_cuda(value, self._stand_in)
         return value
 
 
 @cache
-def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _instead_of_cuda(factory: Callable[..., torch.Tensor], stand_in: torch.device) -> Callable[..., torch.Tensor]:
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = _CPU
+            kwargs["device"] = stand_in
         return factory(*args, **kwargs)
 
     return make
 
 
-def activate_cpu() -> None:
+def activate_cpu(stand_in: torch.device = _CPU) -> None:
     """Lets Megatron-Core run on CPU tensors in this process. Does nothing the second time.
 
+    With `stand_in` the meta device, tensors have shapes but no contents: for dry runs, in a process of their own.
     Raises TrainingError when CUDA has been initialised: the two do not mix in one process.
     """
     if torch.cuda.is_initialized():
@@ -97,7 +107,7 @@ def activate_cpu() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
     from megatron.core.pipeline_parallel import schedules
 
-    if isinstance(schedules.torch, _TorchOnCpu):
+    if isinstance(schedules.torch, _TorchWithoutCuda):
         return
 
     def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -107,14 +117,14 @@ def activate_cpu() -> None:
         torch.set_rng_state(new_state)
 
     cuda: Any = torch.cuda
-    cuda.current_device = lambda: _CPU
+    cuda.current_device = lambda: stand_in
     cuda.synchronize = lambda device=None: None
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = get_state
     cuda.set_rng_state = set_state
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
-    schedules.torch = _TorchOnCpu()
+    schedules.torch = _TorchWithoutCuda(stand_in)
 
 
 def choose_platform(device: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> Platform:

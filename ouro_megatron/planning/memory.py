@@ -1,13 +1,13 @@
 """Bytes of one rank: weights, gradients, optimizer, activations of the visits in flight, loss head, working space.
 
-Counted from what the local layer spec keeps for backward (`model/layer.py`, `norm.py`, `swiglu.py`, `objective/head.py`);
+Counted from what the local layer spec keeps for backward (`model/`, `objective/head.py`);
 tests compare the counts with the storages that autograd really holds.
 """
 
 from dataclasses import dataclass
 
 from ouro_megatron.planning.layout import Layout
-from ouro_megatron.planning.schedule import held_visits
+from ouro_megatron.planning.schedule import most_held, most_in_flight
 from ouro_megatron.recipe.schema import Recompute
 
 
@@ -127,17 +127,16 @@ def rank_memory(layout: Layout, rank: int) -> RankMemory:
     parameters = rank_parameters(layout, rank)
     size = layout.bytes_per_value
     trained = parameters if layout.trains_model else layout.model.hidden + 1
-    history = held_visits(layout.pipeline, rank, layout.loops, layout.microbatches)
-    by_loop = [visit_bytes(layout, rank, loop) for loop in range(layout.loops)]
-    activations = max(sum(by_loop[loop] for loop, _ in held) for held in history)
+    # The most is held once the pipeline is full: more microbatches change nothing.
+    shape = (layout.pipeline, rank, layout.loops, min(layout.microbatches, 4 * layout.pipeline))
     working = max(working_bytes(layout, loop) for loop in range(layout.loops)) if layout.trains_model else 0.0
     return RankMemory(
         parameters=parameters,
         weights=parameters * size,
         gradients=4.0 * trained,
         optimizer=trained * (12 if size == 2 else 8) / layout.data,
-        activations=activations,
-        visits_in_flight=max(len(held) for held in history),
+        activations=most_held(*shape, lambda loop: visit_bytes(layout, rank, loop)),
+        visits_in_flight=most_in_flight(*shape),
         head=head_bytes(layout) if rank == layout.pipeline - 1 else 0.0,
         working=working,
     )

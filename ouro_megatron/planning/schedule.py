@@ -1,6 +1,6 @@
 """The looped pipeline's schedule, simulated: who does what when, for given durations.
 
-The order of tasks on each rank is Megatron-Core's (`schedules.py`, interleaved 1F1B with one chunk a loop), restated here
+The order of tasks on each rank is Megatron-Core's interleaved 1F1B with one chunk a loop, restated here
 so that a plan needs no process group; tests compare it with what the real schedule runs.
 """
 
@@ -133,19 +133,16 @@ def simulate(pipeline: int, loops: int, microbatches: int, duration: Duration, h
     return Timeline(events, pipeline)
 
 
+def most_held(pipeline: int, rank: int, loops: int, microbatches: int, weight: Callable[[int], float]) -> float:
+    """The largest sum of `weight(loop)` over the visits whose activations a rank holds at one time."""
+    weights = [weight(loop) for loop in range(loops)]
+    held = most = 0.0
+    for kind, loop, _ in rank_order(pipeline, rank, loops, microbatches):
+        held += weights[loop] if kind == "forward" else -weights[loop]
+        most = max(most, held)
+    return most
+
+
 def most_in_flight(pipeline: int, rank: int, loops: int, microbatches: int) -> int:
     """The largest number of visits whose activations a rank holds at one time."""
-    return max(len(held) for held in held_visits(pipeline, rank, loops, microbatches))
-
-
-def held_visits(pipeline: int, rank: int, loops: int, microbatches: int) -> list[frozenset[tuple[int, int]]]:
-    """After each task of a rank: the (loop, microbatch) visits whose activations it still needs."""
-    held: set[tuple[int, int]] = set()
-    history = []
-    for kind, loop, microbatch in rank_order(pipeline, rank, loops, microbatches):
-        if kind == "forward":
-            held.add((loop, microbatch))
-        else:
-            held.remove((loop, microbatch))
-        history.append(frozenset(held))
-    return history
+    return int(most_held(pipeline, rank, loops, microbatches, lambda loop: 1.0))

@@ -174,6 +174,24 @@ class TrainingSection(Section):
     """Stop after this many consecutive steps whose loss or gradient was not finite."""
 
 
+class HealthSection(Section):
+    """What happens when loss or gradient norm jump; steps that are not finite are skipped in any case."""
+
+    skip_spikes: bool = False
+    """Leave out the update of a step whose loss or gradient norm is an outlier among the last ones."""
+    window: Annotated[int, Field(ge=8)] = 128
+    """Steps that a new one is compared with."""
+    min_steps: Annotated[int, Field(ge=4)] = 32
+    """Nothing is an outlier before so many steps are known."""
+    loss_deviations: PositiveFloat | None = 8.0
+    """Robust standard deviations (1.4826 x the median absolute deviation) above the median; None: not looked at."""
+    grad_norm_deviations: PositiveFloat | None = 20.0
+    rollback_after: PositiveInt | None = None
+    """After so many skipped updates in a row, go back to the last checkpoint and leave out the data since then."""
+    max_rollbacks: PositiveInt = 10
+    """Rollbacks in one stage before the run gives up."""
+
+
 class InitSection(Section):
     """What this stage takes over. Without `checkpoint` and `stage` the weights are drawn from `training.seed`.
 
@@ -200,6 +218,10 @@ class CheckpointSection(Section):
     keep_last: PositiveInt = 3
     permanent_every: Span | None = None
     """Checkpoints at these points are never deleted."""
+    asynchronous: bool = False
+    """Copy to host memory, then write while training goes on; the host holds one more copy of weights and moments."""
+    verify: bool = True
+    """Read a checkpoint's files against their hashes before they are loaded."""
 
 
 class EvaluationSection(Section):
@@ -214,12 +236,16 @@ class WandbSection(Section):
     project: str = "ouro-megatron"
     entity: str | None = None
     tags: list[str] = []
+    group: str | None = None
+    """Name of the pipeline that the run belongs to; the last part of run_dir when absent."""
 
 
 class LoggingSection(Section):
     every: PositiveInt = 1
     """Steps between lines."""
     wandb: WandbSection = WandbSection()
+    tensorboard: bool = False
+    """Also write TensorBoard event files; needs the `tensorboard` extra."""
 
 
 class Recipe(Section):
@@ -238,6 +264,7 @@ class Recipe(Section):
     parallel: ParallelSection = ParallelSection()
     precision: PrecisionSection = PrecisionSection()
     training: TrainingSection = TrainingSection()
+    health: HealthSection = HealthSection()
     init: InitSection = InitSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()

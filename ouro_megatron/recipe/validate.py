@@ -16,6 +16,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     With `world_size`, the number of ranks, the layout and the batch are checked against it. No file is touched.
     """
     problems = [*_model(recipe.model), *_layout(recipe, world_size), *_sequence(recipe), *_objective(recipe)]
+    problems += _health(recipe)
     batch_problems = list(_batch(recipe, world_size))
     problems += [*batch_problems, *_data(recipe)]
     if not batch_problems and recipe.budget.total is not None:  # the plan below divides by the batch
@@ -139,7 +140,20 @@ def _init(recipe: Recipe) -> Iterator[str]:
         ("init.data_position", init.data_position, "the data position"),
     ):
         if wanted and not init.is_set:
-            yield f"{field}=true carries {what} of an earlier stage over, but neither init.stage nor checkpoint is set"
+            yield f"{field}=true carries {what} of another stage over: set init.stage or init.checkpoint"
+
+
+def _health(recipe: Recipe) -> Iterator[str]:
+    health, limit = recipe.health, recipe.training.max_skipped_steps
+    if health.min_steps > health.window:
+        yield f"health.min_steps={health.min_steps} is more than health.window={health.window} ever holds"
+    if health.rollback_after is not None and health.rollback_after > limit:
+        yield (
+            f"health.rollback_after={health.rollback_after} is never reached: training.max_skipped_steps={limit} "
+            "stops the run before"
+        )
+    if health.skip_spikes and health.loss_deviations is None and health.grad_norm_deviations is None:
+        yield "health.skip_spikes=true looks at nothing: set health.loss_deviations or health.grad_norm_deviations"
 
 
 def _batch(recipe: Recipe, world_size: int | None) -> Iterator[str]:

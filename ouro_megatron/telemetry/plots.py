@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -15,12 +14,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ouro_megatron.telemetry.depth_colors import depth_hex
-from ouro_megatron.telemetry.records import EvalRecord, StepRecord
+from ouro_megatron.telemetry.records import StepRecord
 from ouro_megatron.telemetry.run_reader import Stage
 from ouro_megatron.telemetry.text import big
+from ouro_megatron.telemetry.timeline import Timeline
 
 _STAGE_LINES = (":", "--", "-.", "-")
 _INK, _MUTED, _GRID, _LINE = "#1f2933", "#6b7785", "#e3e8ee", "#2b5c8a"
+_SECOND, _ALARM = "#c7622b", "#b3261e"
+_BRANCH_LINES = ("-", "--", "-.", ":")
 _STYLE = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
@@ -42,39 +44,8 @@ _STYLE = {
 }
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """Steps and evaluations of all stages on one token axis."""
-
-    stages: Sequence[Stage]
-    starts: Sequence[int]
-    """Tokens consumed before each stage."""
-
-    @classmethod
-    def of(cls, stages: Sequence[Stage]) -> "Timeline":
-        starts, total = [], 0
-        for stage in stages:
-            starts.append(total)
-            total += stage.steps[-1].tokens if stage.steps else 0
-        return cls(stages, starts)
-
-    @property
-    def loops(self) -> int:
-        return max((stage.loops for stage in self.stages), default=1)
-
-    def steps(self) -> list[tuple[int, StepRecord]]:
-        return [
-            (start + step.tokens, step)
-            for stage, start in zip(self.stages, self.starts, strict=True)
-            for step in stage.steps
-        ]
-
-    def evaluations(self) -> list[tuple[int, EvalRecord]]:
-        return [
-            (start + record.tokens, record)
-            for stage, start in zip(self.stages, self.starts, strict=True)
-            for record in stage.evaluations
-        ]
+def _style(branch: int) -> str:
+    return _BRANCH_LINES[branch % len(_BRANCH_LINES)]
 
 
 def _at(values: Sequence[float], loop: int) -> float:
@@ -86,21 +57,44 @@ def _finish(axes: Axes, timeline: Timeline, title: str, label: str) -> None:
     axes.set_ylabel(label)
     axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(lambda value, _: big(value) if value else "0")
-    for stage, start in zip(timeline.stages, timeline.starts, strict=True):
+    if timeline.end:
+        axes.set_xlim(0, timeline.end)
+    if len(timeline.spans) > 1:
+        _stage_bounds(axes, timeline)
+
+
+def _label_places(starts: Sequence[int], end: int) -> list[float]:
+    """Where the stages' names go: at their starts, moved apart so that none covers another or leaves the picture."""
+    width, places, free = 0.026 * end, list[float](), 0.0
+    for start in starts:
+        places.append(max(float(start), free))
+        free = places[-1] + width
+    return [min(place, end - width * (len(starts) - number)) for number, place in enumerate(places)]
+
+
+def _stage_bounds(axes: Axes, timeline: Timeline) -> None:
+    """Every other stage shaded, a line where each begins, names along it; short stages' names move aside."""
+    starts = timeline.starts
+    for number, (start, at) in enumerate(zip(starts, _label_places(starts, timeline.end), strict=True)):
+        names = [span.stage.name for span in timeline.spans if span.start == start]
+        end = starts[number + 1] if number + 1 < len(starts) else timeline.end
+        if number % 2:
+            axes.axvspan(start, end, color=_INK, alpha=0.045, linewidth=0, zorder=0)
         if start:
             axes.axvline(start, color=_MUTED, linewidth=0.8, linestyle=":")
-        if len(timeline.stages) > 1:
-            axes.annotate(
-                stage.name,
-                (start, 0.02),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, 2),
-                textcoords="offset points",
-                fontsize=7,
-                color=_MUTED,
-                va="bottom",
-                rotation=90,
-            )
+        axes.annotate(
+            " | ".join(names),
+            (at, 0.02),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 2),
+            textcoords="offset points",
+            fontsize=6.5,
+            color=_INK,
+            va="bottom",
+            rotation=90,
+            zorder=5,
+            bbox={"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 0.6},
+        )
 
 
 def _limit(axes: Axes, values: Sequence[float]) -> None:
@@ -115,23 +109,25 @@ def _limit(axes: Axes, values: Sequence[float]) -> None:
 
 def draw_loss(axes: Axes, timeline: Timeline) -> None:
     """Training loss of each loop, held-out points on top, and the unigram entropy as a yardstick."""
-    steps, evaluations = timeline.steps(), timeline.evaluations()
     seen: list[float] = []
     for loop in range(timeline.loops):
         colour = depth_hex(loop + 1, timeline.loops)
-        values = [_at(step.loops.ce, loop) for _, step in steps]
-        seen += values
-        axes.plot([x for x, _ in steps], values, color=colour, linewidth=1.1, label=f"loop {loop + 1}")
-        axes.plot(
-            [x for x, _ in evaluations],
-            [_at(record.loops.ce, loop) for _, record in evaluations],
-            "o",
-            color=colour,
-            markersize=4.5,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-        )
-    known = [stage.unigram_entropy for stage in timeline.stages if stage.unigram_entropy is not None]
+        for branch in timeline.branches:
+            steps, evaluations = timeline.steps(branch), timeline.evaluations(branch)
+            values = [_at(step.loops.ce, loop) for _, step in steps]
+            seen += values
+            label = f"loop {loop + 1}" if branch == 0 else None
+            axes.plot([x for x, _ in steps], values, _style(branch), color=colour, linewidth=1.1, label=label)
+            axes.plot(
+                [x for x, _ in evaluations],
+                [_at(record.loops.ce, loop) for _, record in evaluations],
+                "o" if branch == 0 else "s",
+                color=colour,
+                markersize=4.5,
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+            )
+    known = [span.stage.unigram_entropy for span in timeline.spans if span.stage.unigram_entropy is not None]
     if known:
         axes.axhline(known[-1], color=_INK, linewidth=0.9, linestyle="--", label="unigram entropy")
         seen.append(known[-1])
@@ -141,16 +137,23 @@ def draw_loss(axes: Axes, timeline: Timeline) -> None:
 
 
 def draw_exit(axes: Axes, timeline: Timeline) -> None:
-    """The exit distribution over time, loop 1 at the bottom."""
-    steps = timeline.steps()
-    shares = [
-        np.nan_to_num(np.array([_at(step.loops.exit_probability, loop) for _, step in steps]))
-        for loop in range(timeline.loops)
-    ]
-    if steps:
+    """The exit distribution over time, loop 1 at the bottom; of further branches only the bounds between loops."""
+    for branch in timeline.branches:
+        steps = timeline.steps(branch)
+        if not steps:
+            continue
+        x = [position for position, _ in steps]
+        shares = [
+            np.nan_to_num(np.array([_at(step.loops.exit_probability, loop) for _, step in steps]))
+            for loop in range(timeline.loops)
+        ]
         colours = [depth_hex(loop + 1, timeline.loops) for loop in range(timeline.loops)]
-        labels = [f"loop {loop + 1}" for loop in range(timeline.loops)]
-        axes.stackplot([x for x, _ in steps], *shares, colors=colours, labels=labels, linewidth=0)
+        if branch == 0:
+            labels = [f"loop {loop + 1}" for loop in range(timeline.loops)]
+            axes.stackplot(x, *shares, colors=colours, labels=labels, linewidth=0)
+        else:
+            for bound in np.cumsum(shares, axis=0)[:-1]:
+                axes.plot(x, bound, _style(branch), color=_INK, linewidth=0.8)
     axes.set_ylim(0, 1)
     axes.grid(visible=False)
     _finish(axes, timeline, "Exit distribution", "probability")
@@ -158,36 +161,48 @@ def draw_exit(axes: Axes, timeline: Timeline) -> None:
 
 def draw_depth(axes: Axes, timeline: Timeline) -> None:
     """Expected depth, and the entropy of the exit distribution on a second axis."""
-    steps = timeline.steps()
-    x = [position for position, _ in steps]
-    axes.plot(x, [step.loops.expected_depth for _, step in steps], color=_LINE, linewidth=1.3, label="expected depth")
-    axes.set_ylim(1, max(2, timeline.loops))
     second = axes.twinx()
-    second.plot(x, [step.loops.entropy for _, step in steps], color="#c7622b", linewidth=1.0, label="entropy")
+    for branch in timeline.branches:
+        steps = timeline.steps(branch)
+        x, style = [position for position, _ in steps], _style(branch)
+        axes.plot(x, [step.loops.expected_depth for _, step in steps], style, color=_LINE, linewidth=1.3)
+        second.plot(x, [step.loops.entropy for _, step in steps], style, color=_SECOND, linewidth=1.0)
+    axes.set_ylim(1, max(2, timeline.loops))
     second.set_ylim(0, max(0.1, math.log(max(2, timeline.loops)) * 1.05))
-    second.set_ylabel("entropy (nats)", color="#c7622b")
+    second.set_ylabel("entropy (nats)", color=_SECOND)
     second.grid(False)
     second.spines["right"].set_visible(True)
     _finish(axes, timeline, "Expected depth and exit entropy", "loops")
 
 
+def _draw_line(axes: Axes, timeline: Timeline, value: Callable[[StepRecord], float]) -> list[float]:
+    """One line a branch; returns all values."""
+    seen = []
+    for branch in timeline.branches:
+        steps = timeline.steps(branch)
+        values = [value(step) for _, step in steps]
+        seen += values
+        axes.plot([x for x, _ in steps], values, _style(branch), color=_LINE, linewidth=1.0)
+    return seen
+
+
 def draw_gradient(axes: Axes, timeline: Timeline) -> None:
-    """Gradient norm before clipping; skipped steps are marked at the bottom."""
-    steps = timeline.steps()
-    norms = [step.grad_norm for _, step in steps]
-    axes.plot([x for x, _ in steps], norms, color=_LINE, linewidth=1.0)
-    _limit(axes, norms)
+    """Gradient norm before clipping; skipped updates are marked at the bottom, rollbacks by a line."""
+    _limit(axes, _draw_line(axes, timeline, lambda step: step.grad_norm))
+    steps = [entry for branch in timeline.branches for entry in timeline.steps(branch)]
     skipped = [x for x, step in steps if step.skipped]
     if skipped:
-        axes.plot(skipped, [axes.get_ylim()[0]] * len(skipped), "x", color="#b3261e", label="skipped")
+        axes.plot(skipped, [axes.get_ylim()[0]] * len(skipped), "x", color=_ALARM, label="skipped", clip_on=False)
+    for number, at in enumerate(timeline.rollbacks()):
+        axes.axvline(at, color=_ALARM, linewidth=1.0, label=None if number else "rolled back to")
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right")
     _finish(axes, timeline, "Gradient norm", "norm")
 
 
 def draw_rate(axes: Axes, timeline: Timeline) -> None:
     """Learning rate."""
-    steps = timeline.steps()
-    axes.plot([x for x, _ in steps], [step.lr for _, step in steps], color=_LINE, linewidth=1.3)
+    _draw_line(axes, timeline, lambda step: step.lr)
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     _finish(axes, timeline, "Learning rate", "")
@@ -195,16 +210,29 @@ def draw_rate(axes: Axes, timeline: Timeline) -> None:
 
 def draw_throughput(axes: Axes, timeline: Timeline) -> None:
     """Tokens per second of all ranks together."""
-    steps = timeline.steps()
-    axes.plot([x for x, _ in steps], [step.tokens_per_second for _, step in steps], color=_LINE, linewidth=1.0)
+    _draw_line(axes, timeline, lambda step: step.tokens_per_second)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: big(value) if value else "0")
     _finish(axes, timeline, "Throughput", "tokens / s")
 
 
+def draw_sources(axes: Axes, timeline: Timeline) -> None:
+    """Share of each stage's tokens so far by source of the blend, of the first branch."""
+    steps = [entry for entry in timeline.steps(0) if entry[1].source_share]
+    names = list(dict.fromkeys(name for _, step in steps for name in step.source_share))
+    if steps:
+        shares = [[step.source_share.get(name, 0.0) for _, step in steps] for name in names]
+        colours = [plt.get_cmap("tab20")(index % 20) for index in range(len(names))]
+        axes.stackplot([x for x, _ in steps], *shares, colors=colours, labels=names, linewidth=0)
+        axes.legend(loc="upper right", ncols=1 + len(names) // 8, frameon=True, framealpha=0.8)
+    axes.set_ylim(0, 1)
+    axes.grid(visible=False)
+    _finish(axes, timeline, "Data of each stage so far", "share of tokens")
+
+
 def draw_final(axes: Axes, timeline: Timeline) -> None:
     """Held-out loss against the loop it was read after, one line a stage, at the stage's end."""
-    stages = [stage for stage in timeline.stages if stage.evaluations]
+    stages = [span.stage for span in timeline.spans if span.stage.evaluations]
     for index, stage in enumerate(stages):
         ce = stage.evaluations[-1].loops.ce
         loops = range(1, len(ce) + 1)
@@ -218,7 +246,8 @@ def draw_final(axes: Axes, timeline: Timeline) -> None:
                     f"{value:.3f}", (loop, value), (0, -15), textcoords="offset points", ha="center", fontsize=8
                 )
     if stages:
-        axes.legend(loc="center right")
+        many = len(stages) > 6
+        axes.legend(loc="center right", ncols=2 if many else 1, fontsize=6 if many else 8)
     axes.margins(x=0.12, y=0.16)
     axes.set_title("Held-out loss by loop at the end of each stage")
     axes.set_xlabel("loop")
@@ -234,6 +263,7 @@ FIGURES: dict[str, Callable[[Axes, Timeline], None]] = {
     "gradient-norm": draw_gradient,
     "learning-rate": draw_rate,
     "throughput": draw_throughput,
+    "data-mix": draw_sources,
 }
 _SUMMARY = ("loss", "exit-distribution", "depth", "held-out", "gradient-norm", "throughput")
 

@@ -1,6 +1,6 @@
 """What a run writes down: one JSON object a line in metrics.jsonl, read back by the report."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,16 @@ class StepRecord:
     mfu: float | None
     """Model FLOPs utilisation in 0..1; None where the device's peak is not known (CPU)."""
     skipped: bool
-    """The update was left out because the loss or gradient was not finite."""
+    """The update was left out: not finite, or an outlier (health.skip_spikes)."""
     skipped_steps: int
     """Skipped updates in this stage so far."""
+    skip_reason: str = ""
+    rollbacks: int = 0
+    """Returns to an earlier checkpoint in this stage so far."""
+    source_share: dict[str, float] = field(default_factory=dict)
+    """Share of the tokens of this stage so far by source of the blend; adds up to 1."""
+    system: dict[str, float] = field(default_factory=dict)
+    """Rank 0's machine; see telemetry/system.py."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class EvalRecord:
 
 @dataclass(frozen=True)
 class EventRecord:
-    """Something that happened: start, resume, checkpoint, stop, warning."""
+    """Something that happened: start, resume, checkpoint, stop, rollback, warning, failure."""
 
     step: int
     name: str

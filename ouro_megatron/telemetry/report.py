@@ -11,6 +11,7 @@ from ouro_megatron.telemetry.depth_colors import depth_hex, depth_rgb, ink_on
 from ouro_megatron.telemetry.plots import FIGURES, write_figures
 from ouro_megatron.telemetry.run_reader import Stage, read_stages
 from ouro_megatron.telemetry.text import big, duration
+from ouro_megatron.telemetry.timeline import Timeline
 
 _CAPTIONS = {
     "loss": "Cross-entropy of each loop's own prediction. Light is loop 1, dark the last one.",
@@ -20,6 +21,7 @@ _CAPTIONS = {
     "gradient-norm": "Before clipping.",
     "learning-rate": "",
     "throughput": "All ranks together.",
+    "data-mix": "Tokens of each source of the blend since the stage began; every stage counts afresh.",
 }
 
 
@@ -64,7 +66,7 @@ def _inline(image: Path) -> str:
 
 def _headline(stages: Sequence[Stage]) -> list[tuple[str, str]]:
     """The few numbers a reader looks for first."""
-    tokens = sum(stage.steps[-1].tokens for stage in stages if stage.steps)
+    tokens = Timeline.of(stages).end
     facts = [("tokens", big(tokens)), ("time in steps", duration(sum(stage.seconds for stage in stages)))]
     evaluated = [stage for stage in stages if stage.evaluations]
     if evaluated:
@@ -90,7 +92,11 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "layout": _layout(stage),
         "steps": f"{last.step}/{last.total_steps}" if last else "0",
         "tokens": big(last.tokens) if last else "0",
+        "parent": stage.parent or "",
         "time": duration(stage.seconds),
+        "restarts": stage.restarts,
+        "skipped": last.skipped_steps if last else 0,
+        "rollbacks": last.rollbacks if last else 0,
         "losses": [f"{value:.3f}" for value in evaluation.loops.ce] if evaluation else [],
         "depth": f"{evaluation.loops.expected_depth:.2f}" if evaluation else "",
         "events": [{"step": e.step, "name": e.name, "message": e.message} for e in stage.events],

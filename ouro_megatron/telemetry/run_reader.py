@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ouro_megatron.errors import MetricsError, OuroError
 from ouro_megatron.recipe.load import recipe_from_text
@@ -29,6 +29,27 @@ class Stage:
     samples: list[dict[str, Any]] = field(default_factory=list)
     unigram_entropy: float | None = None
     """Of the validation blend, nats a token."""
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    """Stages before this one, first to last, as its checkpoints hold them."""
+
+    @property
+    def parent(self) -> str | None:
+        """Name of the stage that this one goes on from; None for a first one."""
+        trained = [record["name"] for record in self.lineage if record.get("kind") == "training"]
+        return trained[-1] if trained else None
+
+    @property
+    def tokens_before(self) -> int:
+        """Tokens that its model was trained on before this stage."""
+        return sum(int(record["tokens"]) for record in self.lineage if record.get("kind") == "training")
+
+    @property
+    def tokens(self) -> int:
+        return self.steps[-1].tokens if self.steps else 0
+
+    @property
+    def restarts(self) -> int:
+        return sum(event.name == "resume" for event in self.events)
 
     @property
     def loops(self) -> int:
@@ -42,7 +63,7 @@ class Stage:
 
 
 def read_stages(folder: Path) -> list[Stage]:
-    """The stage in `folder`, or all stages in its sub-folders in the order of their start.
+    """The stage in `folder`, or all stages in its sub-folders in the order of the tokens before them.
 
     Raises MetricsError when there is none.
     """
@@ -54,7 +75,8 @@ def read_stages(folder: Path) -> list[Stage]:
             f"{folder}: no {METRICS_NAME} there or one folder below; name a run folder (run_dir/name) or the folder "
             "of several"
         )
-    return sorted((_read(child) for child in folders), key=lambda stage: (stage.started, stage.name))
+    stages = [_read(child) for child in folders]
+    return sorted(stages, key=lambda stage: (stage.tokens_before, stage.started, stage.name))
 
 
 def _read(folder: Path) -> Stage:
@@ -64,19 +86,34 @@ def _read(folder: Path) -> Stage:
         recipe = recipe_from_text(text, str(folder / "recipe.yaml")) if text else None
     except OuroError:  # of another version; the curves are still worth showing
         recipe = None
+    lineage = _json(folder / "lineage.json", list)
     samples, facts = _json(folder / "samples.json", list), _json(folder / "data.json", dict)
     return Stage(
         folder=folder,
         name=recipe.name if recipe else folder.name,
         recipe=recipe,
         recipe_text=text,
-        steps=[record for record in records if isinstance(record, StepRecord)],
-        evaluations=[record for record in records if isinstance(record, EvalRecord)],
+        steps=_without_undone([record for record in records if isinstance(record, StepRecord)]),
+        evaluations=_without_undone([record for record in records if isinstance(record, EvalRecord)]),
         events=[record for record in records if isinstance(record, EventRecord)],
         started=_started(folder),
         samples=samples or [],
         unigram_entropy=(facts or {}).get("unigram_entropy"),
+        lineage=[record for record in lineage or [] if isinstance(record, dict) and "name" in record],
     )
+
+
+R = TypeVar("R", StepRecord, EvalRecord)
+
+
+def _without_undone(records: list[R]) -> list[R]:
+    """Records in the order of their steps: where a rollback went back, what was written before it does not count."""
+    kept: list[R] = []
+    for record in records:
+        while kept and kept[-1].step >= record.step:
+            kept.pop()
+        kept.append(record)
+    return kept
 
 
 def _started(folder: Path) -> float:

@@ -1,10 +1,11 @@
 """Where records go. The training loop of rank 0 talks to `Sinks`; each sink looks after its own failures."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.telemetry.records import EventRecord, Record
 
 Notify = Callable[[str, str], None]
@@ -26,6 +27,21 @@ class RunInfo:
     """Steps already done: 0, or where the checkpoint left off."""
     total_steps: int
     resumed: bool
+    pipeline: str = ""
+    """What the stage is part of."""
+    lineage: Sequence[dict[str, Any]] = ()
+    """Stages before this one, first to last."""
+    git: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def group(self) -> str:
+        """Under which the attempts at this stage are found together."""
+        return f"{self.pipeline}/{self.name}" if self.pipeline else self.name
+
+
+def pipeline_of(recipe: Recipe) -> str:
+    """The pipeline that a stage is part of: `logging.wandb.group`, else the last part of `run_dir`."""
+    return recipe.logging.wandb.group or recipe.run_dir.resolve().name
 
 
 class Sink(Protocol):

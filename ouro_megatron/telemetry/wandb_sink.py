@@ -1,58 +1,36 @@
-"""Weights & Biases, offline by default. Whatever goes wrong there is one warning, never the end of a run."""
+"""Weights & Biases, offline by default. Whatever goes wrong there is one warning, never the end or a stall of a run."""
 
+import json
+import queue
 import threading
 import uuid
 from pathlib import Path
 from typing import Any
 
 from ouro_megatron.recipe.schema import WandbSection
-from ouro_megatron.telemetry.records import EvalRecord, LoopStats, Record, StepRecord
+from ouro_megatron.telemetry.metric_names import X_AXIS, metrics_of
+from ouro_megatron.telemetry.records import Record
 from ouro_megatron.telemetry.sink import Notify, RunInfo
 
-_ID_FILE = "wandb-id.txt"
+_ATTEMPTS = "wandb-attempts.json"
 _START_SECONDS = 30.0
 _FINISH_SECONDS = 60.0
-
-
-def metrics_of(record: Record) -> dict[str, float]:
-    """Grouped metric names of a record; empty for events."""
-    if isinstance(record, StepRecord):
-        values = {
-            "loss/total": record.loss,
-            **_loops(record.loops, "loss"),
-            "optim/lr": record.lr,
-            "optim/grad_norm": record.grad_norm,
-            "optim/skipped_steps": record.skipped_steps,
-            "perf/tokens_per_second": record.tokens_per_second,
-            "perf/step_seconds": record.seconds,
-            "progress/tokens": record.tokens,
-            "progress/global_tokens": record.global_tokens,
-        }
-        if record.mfu is not None:
-            values["perf/mfu"] = record.mfu
-        return values
-    if isinstance(record, EvalRecord):
-        return {"held_out/total": record.loss, **_loops(record.loops, "held_out"), "progress/tokens": record.tokens}
-    return {}
-
-
-def _loops(loops: LoopStats, group: str) -> dict[str, float]:
-    exits = "exit" if group == "loss" else "held_out_exit"
-    return {
-        **{f"{group}/loop_{t}": value for t, value in enumerate(loops.ce, start=1)},
-        **{f"{exits}/p_{t}": value for t, value in enumerate(loops.exit_probability, start=1)},
-        f"{exits}/entropy": loops.entropy,
-        f"{exits}/expected_depth": loops.expected_depth,
-    }
+_WAITING = 1000
+"""Records that may wait for wandb. More means that it has stopped taking them."""
 
 
 class WandbSink:
-    """Logs under step as the x axis; a resumed run keeps its id, stored in the run folder."""
+    """One W&B run for each attempt at a stage, all attempts in the group PIPELINE/STAGE.
+
+    wandb is called from a thread of its own: a service that is gone or hangs cannot hold training up.
+    """
 
     def __init__(self, settings: WandbSection, notify: Notify) -> None:
         self._settings = settings
         self._notify = notify
-        self._run: Any = None
+        self._records: queue.Queue[dict[str, float] | None] = queue.Queue(_WAITING)
+        self._thread: threading.Thread | None = None
+        self._failure = ""
 
     def start(self, run: RunInfo) -> None:
         if self._settings.mode == "disabled":
@@ -67,71 +45,108 @@ class WandbSink:
         elif isinstance(box[0], BaseException):
             self._give_up(str(box[0]) or type(box[0]).__name__)
         else:
-            self._run = box[0]
+            self._thread = threading.Thread(target=self._feed, args=(box[0],), daemon=True, name="wandb")
+            self._thread.start()
 
     def _connect(self, run: RunInfo, box: list[Any]) -> None:
         try:
             import wandb
 
-            box.append(
-                wandb.init(
-                    mode=self._settings.mode,
-                    project=self._settings.project,
-                    entity=self._settings.entity,
-                    tags=self._settings.tags,
-                    name=run.name,
-                    id=_run_id(run),
-                    resume="allow" if self._settings.mode == "online" else None,
-                    dir=str(run.run_folder),
-                    config=run.config,
-                    settings=wandb.Settings(
-                        silent=True,
-                        console="off",
-                        init_timeout=_START_SECONDS - 5,
-                        login_timeout=5,
-                        disable_git=True,
-                        disable_code=True,
-                    ),
-                )
+            number, identity = _new_attempt(run)
+            opened = wandb.init(
+                mode=self._settings.mode,
+                project=self._settings.project,
+                entity=self._settings.entity,
+                tags=self._settings.tags,
+                group=run.group,
+                job_type=run.name,
+                name=f"{run.name} attempt {number}",
+                id=identity,
+                dir=str(run.run_folder),
+                config=_config(run, number),
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    init_timeout=_START_SECONDS - 5,
+                    login_timeout=5,
+                    disable_git=True,
+                    disable_code=True,
+                ),
             )
+            opened.define_metric(X_AXIS)
+            opened.define_metric("*", step_metric=X_AXIS)
+            for name in ("recipe.yaml", "lineage.json"):
+                if (run.run_folder / name).is_file():
+                    opened.save(str(run.run_folder / name), base_path=str(run.run_folder), policy="now")
+            box.append(opened)
         except BaseException as error:  # wandb ends with SystemExit and errors of its own alike
             box.append(error)
 
     def write(self, record: Record) -> None:
-        values = metrics_of(record)
-        if self._run is None or not values:
+        if self._thread is None:
             return
+        if self._failure:
+            self._give_up(self._failure)
+            return
+        values = metrics_of(record)
+        if values:
+            try:
+                self._records.put_nowait(values)
+            except queue.Full:
+                self._give_up(f"{_WAITING} records wait for it")
+
+    def _feed(self, run: Any) -> None:
+        """Hands records on until None comes. W&B counts its own steps: after a rollback ours go backwards."""
         try:
-            self._run.log(values, step=record.step)
-        except Exception as error:
-            self._give_up(str(error))
+            while (values := self._records.get()) is not None:
+                run.log(values)
+            run.finish()
+        except BaseException as error:
+            self._failure = str(error) or type(error).__name__
 
     def close(self, summary: str | None) -> None:
-        run, self._run = self._run, None
-        if run is None:
+        thread, self._thread = self._thread, None
+        if thread is None:
             return
-        thread = threading.Thread(target=_finish, args=(run,), daemon=True)
-        thread.start()
-        thread.join(_FINISH_SECONDS)
+        try:
+            self._records.put(None, timeout=_FINISH_SECONDS)
+        except queue.Full:
+            self._failure = f"{_WAITING} records wait for it"
+        else:
+            thread.join(_FINISH_SECONDS)
+        if self._failure:
+            self._give_up(self._failure)
 
     def _give_up(self, why: str) -> None:
-        self._run = None
+        self._thread = None
         reason = " ".join(why.split())
         self._notify("warning", f"Weights & Biases is off for this run: {reason}; metrics.jsonl and the report go on")
 
 
-def _finish(run: Any) -> None:
-    # Nothing is left to tell: the run's other records are complete, and offline files are on disk.
+def _config(run: RunInfo, attempt: int) -> dict[str, Any]:
+    """The recipe's values at the top level, and what else tells this run from others."""
+    return {
+        **run.config,
+        "pipeline": run.pipeline,
+        "attempt": attempt,
+        "start_step": run.start_step,
+        "world": run.world,
+        "parameters": run.parameters,
+        "lineage": list(run.lineage),
+        "git": dict(run.git),
+    }
+
+
+def _new_attempt(run: RunInfo) -> tuple[int, str]:
+    """Number and W&B id of this attempt; a stage that begins anew counts from 1 again."""
+    file: Path = run.run_folder / _ATTEMPTS
     try:
-        run.finish()
-    except Exception as error:
-        print(f"warning: Weights & Biases did not close cleanly: {error}", flush=True)
-
-
-def _run_id(run: RunInfo) -> str:
-    file: Path = run.run_folder / _ID_FILE
-    if run.resumed and file.is_file():
-        return file.read_text(encoding="utf-8").strip()
+        attempts = json.loads(file.read_text(encoding="utf-8")) if run.resumed else []
+    except (OSError, ValueError):  # ids are for people: a lost list only makes the count begin again
+        attempts = []
     identity = uuid.uuid4().hex[:8]
-    file.write_text(identity + "\n", encoding="utf-8")
-    return identity
+    attempts.append({"id": identity, "start_step": run.start_step})
+    partial = file.with_name(f".{file.name}.part")
+    partial.write_text(json.dumps(attempts, indent=1), encoding="utf-8")
+    partial.replace(file)
+    return len(attempts), identity

@@ -1,7 +1,7 @@
 """Model, gradients and optimizer of one rank: one training step, one evaluation pass."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,8 +36,16 @@ class StepResult:
 
     means: LoopMeans
     grad_norm: float
-    skipped: bool
-    """The loss or a gradient was not finite: the weights were left alone."""
+    skip_reason: str = ""
+    """Why the weights were left alone; empty when they were updated."""
+
+    @property
+    def skipped(self) -> bool:
+        return bool(self.skip_reason)
+
+
+Judge = Callable[[LoopMeans, float], str | None]
+"""Told a step's means and gradient norm; says why its update should be left out, or None. All ranks call it."""
 
 
 class Engine:
@@ -48,17 +56,18 @@ class Engine:
         lm: LoopLM,
         context: ParallelContext,
         objective: ObjectiveSection,
-        optimizer: OptimizerSection,
+        optimizer: OptimizerSection | None,
         *,
         loops: int,
         position: Position | None = None,
     ) -> None:
+        """`optimizer` None leaves the engine without one: it can make gradients, not apply them (a dry run)."""
         self.lm = lm
         self.context = context
         self.objective = objective
         self.loops = loops
         self.position = position or Position()
-        self.clip = optimizer.clip
+        self.clip = optimizer.clip if optimizer else 0.0
         self.keep_whole_gradients = False
         """Leave every data-parallel rank with all reduced gradients, not only its optimizer shard: to inspect them."""
         if objective.kind == "gate":
@@ -73,7 +82,7 @@ class Engine:
                 module=lm,
                 pg_collection=context.groups,
             )
-            self.optimizer = _build_optimizer(optimizer, self.ddp, context, lm.dtype)
+            self.optimizer = _build_optimizer(optimizer, self.ddp, context, lm.dtype) if optimizer else None
         self.pipeline = LoopPipeline(lm.config, context, loops)
 
     def set_loops(self, loops: int) -> None:
@@ -97,9 +106,9 @@ class Engine:
         with self.context.platform.megatron_calls():
             self.optimizer.reload_model_params()
 
-    def train_step(self, batches: list[Microbatch], lr: float) -> StepResult:
+    def train_step(self, batches: list[Microbatch], lr: float, judge: Judge | None = None) -> StepResult:
         """One optimizer step over this rank's microbatches. All ranks call it together."""
-        return self.update(self.accumulate(batches), lr)
+        return self.update(self.accumulate(batches), lr, judge)
 
     def accumulate(self, batches: list[Microbatch]) -> LoopMeans:
         """Fresh reduced gradients in each parameter's `main_grad`; returns the global means. All ranks call it.
@@ -114,11 +123,26 @@ class Engine:
         self._reduce_gradients(means.tokens)
         return means
 
-    def update(self, means: LoopMeans, lr: float) -> StepResult:
-        """Clips and applies the gradients that `accumulate` left, unless something is not finite. All ranks call it."""
+    def trace(self, batches: list[Microbatch]) -> None:
+        """Forward, backward and gradient reduction without looking at any number: for dry runs on the meta device."""
+        first = batches[0].tokens_bs
+        self.pipeline.run(
+            _LoopedForward(self, self.loops, training=True),
+            batches,
+            sequence_length=first.shape[1],
+            microbatch_size=first.shape[0],
+            forward_only=self.objective.kind == "gate",
+        )
+        finalize_model_grads([self.ddp], None, pg_collection=self.context.groups)
+
+    def update(self, means: LoopMeans, lr: float, judge: Judge | None = None) -> StepResult:
+        """Clips and applies the gradients that `accumulate` left. All ranks call it.
+
+        Not when something is not finite, or when `judge` has a reason against it.
+        """
         self.position.phase = "optimizer step"
         with self.context.platform.megatron_calls():
-            return self._update(means, lr)
+            return self._update(means, lr, judge)
 
     def evaluate(self, batches: list[Microbatch], loops: int | None = None) -> LoopSums:
         """Sums over all ranks' microbatches without gradients, the same on every rank. All ranks call it together."""
@@ -164,13 +188,16 @@ class Engine:
             self.ddp.scale_gradients(1.0 / tokens)
 
     @torch.no_grad()
-    def _update(self, means: LoopMeans, lr: float) -> StepResult:
+    def _update(self, means: LoopMeans, lr: float, judge: Judge | None) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(means.loss) and math.isfinite(norm)):
-            return StepResult(means, norm, skipped=True)
+            return StepResult(means, norm, f"not finite: loss {means.loss:g}, gradient norm {norm:g}")
+        reason = judge(means, norm) if judge is not None else None
+        if reason is not None:
+            return StepResult(means, norm, reason)
         if self.clip > 0.0:
             scale = self.clip / (norm + 1.0e-6)
             if scale < 1.0:
@@ -178,7 +205,7 @@ class Engine:
                     if parameter.grad is not None:
                         parameter.grad.mul_(scale)
         self.optimizer.step_with_ready_grads()
-        return StepResult(means, norm, skipped=False)
+        return StepResult(means, norm)
 
 
 def _build_optimizer(

@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any, Protocol
 
 from ouro_megatron.checkpoint.folder import newest, step_of
+from ouro_megatron.checkpoint.state import read_state
 from ouro_megatron.data.complete import complete
 from ouro_megatron.errors import STOPPED_EXIT_CODE, OuroError, TrainingError
 from ouro_megatron.recipe.load import dump_recipe
@@ -29,6 +31,12 @@ from ouro_megatron.training.worker import FAILURE_FOLDER, adopt_slurm_environmen
 
 _GRACE_SECONDS = 10.0
 """Between the first failure and killing the other ranks: long enough for them to say what they saw."""
+
+
+_SIGNAL_HINTS = {
+    "SIGKILL": " (out of memory? see dmesg)",
+    "SIGBUS": " (a mapped data file was cut short, or its disk failed: check it with `ouro data verify`)",
+}
 
 
 class LaunchedFailure(TrainingError):
@@ -63,12 +71,14 @@ def train(recipe: Recipe, nproc: int | None) -> int:
         )
         return 0
     with _recipe_file(recipe) as file, tempfile.TemporaryDirectory(prefix="ouro-failures-") as failures:
-        return _Ranks(recipe, file, ranks, Path(failures)).run()
+        return Ranks(recipe, file, ranks, Path(failures)).run()
 
 
 def _is_finished(recipe: Recipe) -> bool:
     found = newest(recipe.run_folder / "checkpoints")
-    return found is not None and (step_of(found.folder) or 0) == BatchPlan(recipe).total_steps
+    if found is None or (step_of(found.folder) or 0) != BatchPlan(recipe).total_steps:
+        return False
+    return not read_state(found.folder).pending_evaluation
 
 
 @contextmanager
@@ -90,7 +100,21 @@ def _is_consequence(message: str) -> bool:
     return "Connection closed by peer" in message or "another rank failed" in message
 
 
-class _Ranks:
+class RankProcess(Protocol):
+    """What the launcher needs of a rank's process; subprocess.Popen has it."""
+
+    returncode: int | Any
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def wait(self) -> int: ...
+
+
+class Ranks:
     """The processes of one launch."""
 
     def __init__(self, recipe: Recipe, recipe_file: Path, ranks: int, failures: Path) -> None:
@@ -98,7 +122,7 @@ class _Ranks:
         self._file = recipe_file
         self._count = ranks
         self._failures = failures
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[RankProcess] = []
         self._interrupts = 0
         self._early: list[int] = []
         """Stop signals that came before all ranks were started."""
@@ -128,17 +152,18 @@ class _Ranks:
                 "MASTER_PORT": port,
                 FAILURE_FOLDER: str(self._failures),
             }
-            command = [sys.executable, "-m", "ouro_megatron.training.worker", str(self._file)]
-            if rank == 0:
-                process = subprocess.Popen(command, env=environment, start_new_session=True)
-            else:
-                with (logs / f"rank-{rank}.log").open("wb") as log:
-                    process = subprocess.Popen(
-                        command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                    )
-            self._processes.append(process)
+            self._processes.append(self._spawn(rank, environment, logs / f"rank-{rank}.log"))
         for number in self._early:
             self._send(number)
+
+    def _spawn(self, rank: int, environment: dict[str, str], log: Path) -> "RankProcess":
+        command = [sys.executable, "-m", "ouro_megatron.training.worker", str(self._file)]
+        if rank == 0:
+            return subprocess.Popen(command, env=environment, start_new_session=True)
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         """Ranks act at their next safe point. A second Ctrl-C ends them at once."""
@@ -184,7 +209,7 @@ class _Ranks:
             code = self._processes[rank].returncode
             if rank not in reports and code < 0:
                 name = signal.Signals(-code).name
-                hint = " (out of memory? see dmesg)" if name == "SIGKILL" else ""
+                hint = _SIGNAL_HINTS.get(name, "")
                 return LaunchedFailure(
                     f"rank {rank} was ended by {name}{hint}; the run was stopped. "
                     "Start it again to go on from its last checkpoint",

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from ouro_megatron.checkpoint.load import load_run
-from ouro_megatron.checkpoint.state import RunState, StageRecord, history_with
+from ouro_megatron.checkpoint.state import RunState, StageRecord, history_with, read_state
 from ouro_megatron.data.dataset import SampleDataset, build_dataset
 from ouro_megatron.data.fingerprint import blend_fingerprint, check_fingerprint
 from ouro_megatron.data.indexed import read_manifest
@@ -30,13 +31,21 @@ from ouro_megatron.recipe.load import dump_recipe
 from ouro_megatron.recipe.schedule import BatchPlan, LoopPlan
 from ouro_megatron.recipe.schema import BlendEntry, Recipe
 from ouro_megatron.recipe.validate import check_recipe
+from ouro_megatron.telemetry.git_state import git_state
 from ouro_megatron.telemetry.setup import standard_sinks
-from ouro_megatron.telemetry.sink import RunInfo, Sinks
-from ouro_megatron.training.callbacks import Checkpoints, Evaluation, Health, Records, Stopping
+from ouro_megatron.telemetry.sink import RunInfo, Sinks, pipeline_of
+from ouro_megatron.training.callbacks import Evaluation, Records
+from ouro_megatron.training.checkpoints import Checkpoints
+from ouro_megatron.training.data_stream import DataStream
 from ouro_megatron.training.engine import Engine
+from ouro_megatron.training.health import Health
+from ouro_megatron.training.progress import Progress, health_values
+from ouro_megatron.training.rollback import Rollback, Rollbacks, forget_ledger, known_rollbacks, windows_of
 from ouro_megatron.training.signals import StopSignals
-from ouro_megatron.training.start import Start, find_start
-from ouro_megatron.training.trainer import Progress, Trainer, naming_the_place
+from ouro_megatron.training.spikes import SpikeGuard
+from ouro_megatron.training.start import Start, verified_start
+from ouro_megatron.training.stopping import Stopping
+from ouro_megatron.training.trainer import Trainer, naming_the_place
 
 
 def run_stage(recipe: Recipe, signals: StopSignals) -> bool:
@@ -60,11 +69,17 @@ def run_stage(recipe: Recipe, signals: StopSignals) -> bool:
 def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool:
     position = Position(stage=recipe.name)
     plan = BatchPlan(recipe)
-    start = from_rank_zero(lambda: find_start(recipe, plan))
+    position.phase = "choosing where to start"
+    start = verified_start(recipe, plan, context)
     tokenizer = load_tokenizer(recipe.data.tokenizer, model_vocab=recipe.model.vocab)
     fingerprint = from_rank_zero(lambda: _fingerprint(recipe, tokenizer))
-    samples = start.first_sample + plan.total_samples
-    reader = _reader(recipe, context, _dataset(recipe, tokenizer, "train", recipe.data.train, samples))
+    rollbacks = from_rank_zero(lambda: _rollbacks(recipe, start))
+    data = DataStream(
+        lambda samples: _reader(recipe, context, _dataset(recipe, tokenizer, "train", recipe.data.train, samples)),
+        plan.total_samples,
+        windows_of(rollbacks),
+        first=start.first_sample,
+    )
     held_out = None
     if recipe.data.validation:
         samples = plan.at(0).samples * recipe.evaluation.batches
@@ -83,62 +98,84 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
         initialise(lm, recipe.training.seed)
     loops = LoopPlan(recipe, plan).at(0)
     engine = Engine(lm, context, recipe.objective, recipe.optimizer, loops=loops, position=position)
+    guard = SpikeGuard(recipe.health, context)
     progress, history = Progress(), list[StageRecord]()
     with naming_the_place(engine):
         if start.folder is not None:
-            progress, history = _load(recipe, engine, start, plan, fingerprint)
+            progress, history = _load(recipe, engine, start, guard, fingerprint)
         else:
             engine.adopt_weights()
-    with _sinks(recipe, context, plan, progress, start) as sinks:
+    with _sinks(recipe, context, plan, progress, start, history) as sinks:
+        returns = Rollbacks(
+            recipe.run_folder, lambda folder: load_run(engine, folder, recipe, optimizer=True), rollbacks
+        )
+        stopping = Stopping(signals, sinks)
+        checkpoints = Checkpoints(
+            recipe.run_folder / "checkpoints",
+            lambda trainer: _state(trainer, guard, returns, fingerprint, history),
+            sinks,
+            stopping,
+            saved=progress,
+        )
         trainer = Trainer(
             recipe,
             engine,
-            reader,
+            data,
             plan,
             progress,
             [
-                Records(sinks, partial(_flops, recipe), _peak(recipe, context)),
-                Health(recipe.training.max_skipped_steps, sinks),
-                Evaluation(held_out, sinks),
-                Stopping(signals, sinks),
-                Checkpoints(
-                    recipe.run_folder / "checkpoints",
-                    lambda trainer: _state(trainer, fingerprint, history),
+                Records(
                     sinks,
+                    partial(_flops, recipe),
+                    _peak(recipe, context),
+                    returns,
                 ),
+                Health(recipe, sinks, guard, returns, checkpoints.settle, checkpoints.rolled_back),
+                Evaluation(held_out, sinks, stopping),
+                stopping,
+                checkpoints,
             ],
+            guard.judge,
         )
         trainer.fit()
-    for used in (reader, held_out):
-        if used is not None:
-            used.close()
-    return trainer.is_done
+    data.close()
+    if held_out is not None:
+        held_out.close()
+    return trainer.is_done and not progress.pending_evaluation
+
+
+def _rollbacks(recipe: Recipe, start: Start) -> list[Rollback]:
+    """Rank 0: what the run left out so far; a run that begins anew forgets what an older one of its name did."""
+    if start.resumed and start.folder is not None:
+        return known_rollbacks(recipe.run_folder, read_state(start.folder))
+    forget_ledger(recipe.run_folder)
+    return []
 
 
 def _load(
-    recipe: Recipe, engine: Engine, start: Start, plan: BatchPlan, fingerprint: dict[str, Any]
+    recipe: Recipe, engine: Engine, start: Start, guard: SpikeGuard, fingerprint: dict[str, Any]
 ) -> tuple[Progress, list[StageRecord]]:
     assert start.folder is not None
     state = load_run(engine, start.folder, recipe, optimizer=start.resumed or recipe.init.optimizer)
     if start.resumed:
         check_fingerprint(state.fingerprint, fingerprint)
-        return (
-            Progress(
-                step=state.step,
-                optimizer_steps=state.optimizer_steps,
-                skipped_steps=state.skipped_steps,
-                seconds=state.seconds,
-                first_sample=state.first_sample,
-            ),
-            list(state.history),
-        )
+        guard.restore(state.health.get("window", {}))
+        progress = Progress()
+        progress.take(state)
+        return progress, list(state.history)
     if recipe.init.data_position:
         check_fingerprint(state.fingerprint, fingerprint)
     updates = state.optimizer_steps if recipe.init.optimizer else 0
     return Progress(optimizer_steps=updates, first_sample=start.first_sample), history_with(state, start.folder)
 
 
-def _state(trainer: Trainer, fingerprint: dict[str, Any], history: list[StageRecord]) -> RunState:
+def _state(
+    trainer: Trainer,
+    guard: SpikeGuard,
+    returns: Rollbacks,
+    fingerprint: dict[str, Any],
+    history: list[StageRecord],
+) -> RunState:
     progress = trainer.progress
     here = trainer.plan.at(progress.step)
     return RunState(
@@ -153,6 +190,8 @@ def _state(trainer: Trainer, fingerprint: dict[str, Any], history: list[StageRec
         fingerprint=fingerprint,
         first_sample=progress.first_sample,
         history=history,
+        health=health_values(progress, guard.state(), returns.values()),
+        pending_evaluation=progress.pending_evaluation,
     )
 
 
@@ -216,7 +255,12 @@ def _lock(folder: Path) -> int:
 
 @contextmanager
 def _sinks(
-    recipe: Recipe, context: ParallelContext, plan: BatchPlan, progress: Progress, start: Start
+    recipe: Recipe,
+    context: ParallelContext,
+    plan: BatchPlan,
+    progress: Progress,
+    start: Start,
+    history: list[StageRecord],
 ) -> Iterator[Sinks | None]:
     """Rank 0's sinks, started, closed whatever happens; None on the other ranks."""
     if context.rank != 0:
@@ -225,6 +269,8 @@ def _sinks(
     folder = recipe.run_folder
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     _write_data_facts(recipe)
+    lineage = [asdict(record) for record in history]
+    (folder / "lineage.json").write_text(json.dumps(lineage, indent=1), encoding="utf-8")
     sinks = standard_sinks(recipe.logging)
     sinks.start(
         RunInfo(
@@ -236,6 +282,9 @@ def _sinks(
             start_step=progress.step,
             total_steps=plan.total_steps,
             resumed=start.resumed,
+            pipeline=pipeline_of(recipe),
+            lineage=lineage,
+            git=git_state(),
         )
     )
     try:

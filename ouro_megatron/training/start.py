@@ -1,15 +1,20 @@
 """Where a stage begins: its own newest checkpoint, another stage's, or new weights."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ouro_megatron.checkpoint.folder import newest, remove_incomplete, resolve
-from ouro_megatron.checkpoint.state import RunState, read_state
+from ouro_megatron.checkpoint.folder import problem_with, remove_incomplete, resolve, set_aside, step_folders
+from ouro_megatron.checkpoint.state import RunState, next_sample, read_state
+from ouro_megatron.checkpoint.verify import damage
+from ouro_megatron.data.ranks import from_rank_zero
 from ouro_megatron.errors import CheckpointError, RecipeError
+from ouro_megatron.parallel.context import ParallelContext
 from ouro_megatron.recipe.load import difference
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.training.handover import handover
+from ouro_megatron.training.rollback import drop_abandoned
 
 
 @dataclass(frozen=True)
@@ -28,31 +33,55 @@ class Start:
     """What a new stage takes over from the checkpoint and what begins afresh, for people."""
 
 
-def find_start(recipe: Recipe, plan: BatchPlan) -> Start:
-    """Rank 0: cleans up after interrupted saves and picks the checkpoint to load."""
+def verified_start(recipe: Recipe, plan: BatchPlan, context: ParallelContext) -> Start:
+    """Where to start, every file read against its hash (`checkpoint.verify`). All ranks call it together.
+
+    A damaged checkpoint of this run is set aside and the one before it taken; of another run's, the one before it is
+    taken. Raises CheckpointError when no good one is left.
+    """
+    damaged: dict[Path, str] = {}
+    notes: tuple[str, ...] = ()
+    while True:
+        start = from_rank_zero(lambda: find_start(recipe, plan, damaged))
+        notes += start.notes
+        start = replace(start, notes=tuple(dict.fromkeys(notes)))
+        if start.folder is None or not recipe.checkpoint.verify:
+            return start
+        problem = damage(start.folder, context.rank, context.world_size)
+        if problem is None:
+            return start
+        damaged[start.folder] = problem
+
+
+def find_start(recipe: Recipe, plan: BatchPlan, damaged: Mapping[Path, str] | None = None) -> Start:
+    """Rank 0: cleans up after interrupted saves and rollbacks and picks the checkpoint to load.
+
+    `damaged`: checkpoints whose contents turned out to be wrong, and why.
+    """
     root = recipe.run_folder / "checkpoints"
-    own = newest(root)
     notes = [f"removed {folder}, left by an interrupted save" for folder in remove_incomplete(root)]
+    notes += [f"removed {folder}, which a rollback had left behind" for folder in drop_abandoned(recipe.run_folder)]
+    own, lost = _own(root, damaged or {})
+    notes += lost
     if own is not None:
-        notes += own.skipped
-        state = read_state(own.folder)
-        _check_same_data_position(recipe, plan, state, own.folder)
+        state = read_state(own)
+        _check_same_data_position(recipe, plan, state, own)
         before = Recipe.model_validate(state.recipe)
         for path, old, new in difference(before, recipe):
             notes.append(f"recipe changed since step {state.step}: {path}: {old} -> {new}")
-        return Start(own.folder, True, tuple(notes), first_sample=state.first_sample)
+        return Start(own, True, tuple(notes), first_sample=state.first_sample)
     source = recipe.init_path
     if source is None:
         return Start(None, False, tuple(notes))
     field = "init.stage" if recipe.init.stage is not None else "init.checkpoint"
     try:
-        found = resolve(source)
+        found = resolve(source, damaged)
     except CheckpointError as error:
         raise CheckpointError(f"{field}: {error}") from error
     state = read_state(found.folder)
     if recipe.init.stage is not None:
         _check_finished(state, found.folder)
-    first = state.first_sample + state.samples if recipe.init.data_position else 0
+    first = next_sample(state) if recipe.init.data_position else 0
     lines = tuple(handover(state, recipe, found.folder))
     return Start(found.folder, False, tuple(notes + found.skipped), first, lines)
 
@@ -66,6 +95,28 @@ def _check_finished(state: RunState, folder: Path) -> None:
             f"init.stage={state.recipe['name']} is not finished: {folder} is step {state.step} of {total}. Train it to "
             "its end, or name the checkpoint itself (init.checkpoint) to start from there"
         )
+
+
+def _own(root: Path, damaged: Mapping[Path, str]) -> tuple[Path | None, list[str]]:
+    """This run's newest good checkpoint; sets newer ones that are damaged aside and says so.
+
+    Raises CheckpointError when there are some and all are damaged: beginning anew would lose a run silently.
+    """
+    folders = step_folders(root)
+    problems = {folder: problem_with(folder) or damaged.get(folder) for folder in folders}
+    good = next((folder for folder in reversed(folders) if problems[folder] is None), None)
+    if good is None and folders:
+        reasons = "".join(f"\n  {folder}: {problems[folder]}" for folder in folders)
+        raise CheckpointError(
+            f"none of the checkpoints under {root} can be used:{reasons}\n"
+            "Restore one of them, or move the folder away to begin the stage anew"
+        )
+    notes = []
+    for folder in reversed(folders):
+        if folder == good:
+            break
+        notes.append(f"{folder} is damaged: {problems[folder]}; it is now {set_aside(folder).name}")
+    return good, notes
 
 
 def _check_same_data_position(recipe: Recipe, plan: BatchPlan, state: RunState, folder: Path) -> None:

@@ -6,25 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from ouro_megatron.data.sampler import MicrobatchReader
 from ouro_megatron.errors import TrainingError
 from ouro_megatron.parallel.context import ParallelContext
 from ouro_megatron.recipe.schedule import BatchPlan, BatchPoint, LoopPlan, LRSchedule
 from ouro_megatron.recipe.schema import Recipe
-from ouro_megatron.training.engine import Engine, Microbatch, StepResult
-
-
-@dataclass
-class Progress:
-    """Where a run stands; goes into every checkpoint. The data position follows from the step."""
-
-    step: int = 0
-    first_sample: int = 0
-    """Where in the blend this stage began."""
-    optimizer_steps: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    seconds: float = 0.0
+from ouro_megatron.training.data_stream import DataStream
+from ouro_megatron.training.engine import Engine, Judge, StepResult
+from ouro_megatron.training.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -56,17 +44,19 @@ class Trainer:
         self,
         recipe: Recipe,
         engine: Engine,
-        reader: MicrobatchReader,
+        data: DataStream,
         plan: BatchPlan,
         progress: Progress,
         callbacks: Sequence[Callback],
+        judge: Judge | None = None,
     ) -> None:
         self.recipe = recipe
         self.engine = engine
         self.plan = plan
         self.progress = progress
         self.stop_requested = False
-        self._reader = reader
+        self.data = data
+        self._judge = judge
         self._lr = LRSchedule(recipe, plan)
         self._loops = LoopPlan(recipe, plan)
         self._callbacks = callbacks
@@ -91,6 +81,8 @@ class Trainer:
                 outcome = self._step()
                 for callback in self._callbacks:
                     callback.after_step(self, outcome)
+                    if self.progress.step != outcome.after.step:  # rolled back: that step is no longer part of the run
+                        break
             for callback in self._callbacks:
                 callback.finish(self)
 
@@ -101,9 +93,9 @@ class Trainer:
         self.engine.set_loops(self._loops.at(progress.step))
         position.step = progress.step + 1
         position.phase = "reading data"
-        batches = list(read(self._reader, progress.first_sample + before.consumed_samples, before.samples))
+        batches = self.data.step(before)
         lr = self._lr.at(progress.step)
-        result = self.engine.train_step(batches, lr)
+        result = self.engine.train_step(batches, lr, self._judge)
         seconds = time.perf_counter() - started
         progress.step += 1
         progress.seconds += seconds
@@ -114,12 +106,6 @@ class Trainer:
             progress.optimizer_steps += 1
             progress.skipped_in_a_row = 0
         return StepOutcome(before, self.plan.at(progress.step), result, lr, seconds)
-
-
-def read(reader: MicrobatchReader, consumed: int, samples: int) -> Iterator[Microbatch]:
-    """This rank's microbatches of the global batch that starts after `consumed` samples."""
-    for batch in reader.step(consumed, samples):
-        yield Microbatch(batch["tokens_bs"], batch["labels_bs"], batch["loss_mask_bs"])
 
 
 @contextmanager

@@ -32,13 +32,25 @@ def test_all_commands_are_there() -> None:
     assert set(commands()) >= {
         "train",
         "generate",
+        "eval",
         "evaluate",
+        "export",
+        "import",
+        "benchmark",
+        "analyse pca",
+        "analyse safety",
+        "analyse agreement",
         "upcycle",
         "report",
         "data prepare",
         "data verify",
         "data stats",
         "data inspect",
+        "data merge",
+        "data plan",
+        "data status",
+        "data tokenizer",
+        "data blend",
         "recipe show",
         "recipe check",
         "recipe diff",
@@ -75,7 +87,7 @@ def test_show_check_and_diff() -> None:
     [
         (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["evaluate", "/nowhere"], 4, "/nowhere does not exist"),
-        (["generate", "/nowhere", "--exit", "often"], 2, "--exit"),
+        (["generate", "/nowhere", "--exit", "often"], 2, "exit policy"),
         (["upcycle", "/nowhere", "--layers", "4", "--out", "x"], 4, "/nowhere"),
         (["report", "/nowhere"], 6, "metrics.jsonl"),
         (["data", "verify", "/nowhere/x"], 3, "/nowhere/x.idx"),
@@ -92,9 +104,9 @@ def test_errors_are_one_message_with_their_own_code(words: list[str], code: int,
 def test_commands_in_the_documents_exist() -> None:
     known = set(commands())
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "Makefile"]:
-        for match in re.finditer(r"(?:^|[\s`/\"])ouro\"? ((?:data|recipe) )?([a-z]+)\b", document.read_text()):
+        for match in re.finditer(r"(?:^|[\s`/\"])ouro\"? ((?:analyse|data|recipe) )?([a-z]+)\b", document.read_text()):
             command = f"{match.group(1) or ''}{match.group(2)}"
-            if command in {"data", "recipe"} or f"`ouro {command}" not in document.read_text():
+            if command in {"analyse", "data", "recipe"} or f"`ouro {command}" not in document.read_text():
                 continue
             assert command in known, f"{document.name} names `ouro {command}`"
 

@@ -61,6 +61,7 @@ class Pair:
     def __init__(self, folder: Path) -> None:
         tokenizer = load_tokenizer(folder)
         self.eod = tokenizer.eod
+        self.splitter = Tokenizer.from_str(tokenizer.to_json()).pre_tokenizer
         self.fast, self.plain = ByteLevelEncoder(tokenizer), PlainEncoder(tokenizer)
 
     def agree(self, texts: list[str]) -> bool:
@@ -75,6 +76,7 @@ def all_pairs(folder: Path, digits: bool) -> Path:
     tokens = [EOD, *letters, *(left + right for left, right in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = chain(digits)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([EOD])
     return save(tokenizer, folder)
 
@@ -109,6 +111,13 @@ runs = st.lists(st.tuples(st.sampled_from(_TRICKY), st.integers(1, 700)), max_si
 @example(text="  's 'S'll'LL x'd9's 9 's  9\x85\x85a\u2028 b\xa0\xa0c\x00")
 def test_adversarial_text(pair: Pair, text: str) -> None:
     assert pair.agree([text])
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=anything | odd | pieces | runs)
+def test_words_end_where_those_of_tokenizers_do(pair: Pair, text: str) -> None:
+    ends = [stop for _, (_, stop) in pair.splitter.pre_tokenize_str(text)]
+    assert pair.fast.split(text).tolist() == [len(text[:stop].encode()) for stop in ends]
 
 
 def test_characters_at_the_edges_of_classes(pair: Pair) -> None:

@@ -14,11 +14,14 @@ import pytest
 import yaml
 import zstandard
 
+from data_prep.look import documents, stats
+from data_prep.merge import entropy_of
 from data_prep.prepare import load_data_recipe, prepare
-from data_prep.shards import entropy_of, group_units, is_held_out, refuse
+from data_prep.progress import State
+from data_prep.shards import group_units, is_held_out, refuse
 from data_prep.sources.base import Unit
 from data_prep.sources.python_library import PythonProse, PythonStdlib
-from data_prep.verify import documents, stats, verify
+from data_prep.verify import verify
 from ouro_megatron.data.tokenizer import load_tokenizer
 from ouro_megatron.errors import DataError
 
@@ -30,11 +33,11 @@ class Lines:
         self.lines: list[str] = []
         self.done = 0
 
-    def begin(self, what: str, total: int) -> None:
-        self.lines.append(what)
+    def update(self, state: State) -> None:
+        self.done = state.done_bytes
 
-    def advance(self, amount: int) -> None:
-        self.done += amount
+    def end(self) -> None:
+        pass
 
     def say(self, line: str) -> None:
         self.lines.append(line)
@@ -139,23 +142,27 @@ def test_kill_and_go_on(root: Path) -> None:
         "from pathlib import Path\n"
         "from tests.data_prep.test_prepare import Lines\n"
         "real = p.tokenise_shard\n"
-        "def slow(task):\n    time.sleep(0.5); return real(task)\n"
+        "def slow(task, pulse):\n    time.sleep(0.5); return real(task, pulse)\n"
         "p.tokenise_shard = slow\n"
         "p.prepare(p.load_data_recipe(Path(sys.argv[1])), Lines(), workers=1)\n"
     )
-    file = recipe_file(root)
+    file = recipe_file(root, keep_parts=True)
     process = subprocess.Popen([sys.executable, "-c", script, str(file)], cwd=Path(__file__).resolve().parents[2])
     deadline = time.monotonic() + 60
-    while len(list((root / "out").glob(".parts/web-*/*/done"))) < 1:
+    while len(list((root / "out").glob(".parts/web/*/done.json"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (root / "out" / "web.manifest.json").exists()
-    finished = {path: path.stat().st_mtime_ns for path in (root / "out").glob(".parts/web-*/*/done")}
-    lines = Lines()
-    prepare(load_data_recipe(file), lines, workers=1)
-    assert lines.done > 0 and finished
+    finished = {
+        path: path.stat().st_mtime_ns
+        for path in (root / "out").glob(".parts/web/*/*")
+        if (path.parent / "done.json").exists()
+    }
+    prepare(load_data_recipe(file), Lines(), workers=1)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert not list((root / "out").rglob("*part-*"))
     interrupted = (root / "out" / "web.bin").read_bytes()
     run(root, force=True)
     assert (root / "out" / "web.bin").read_bytes() == interrupted
@@ -181,8 +188,10 @@ def test_stats_and_documents(root: Path) -> None:
     p = p[p > 0]
     assert found.unigram_entropy == pytest.approx(float(-(p * np.log(p)).sum()))
     assert found.tokens == len(ids)
-    number, tokens, shown = next(documents(prefix, 1, 1, None))
-    assert number == 1 and len(tokens) > 10 and shown.startswith("Document 10")
+    shown = next(documents(prefix, 1, 1, None))
+    assert shown.number == 1 and len(shown.ids) > 10 and shown.text.startswith("Document 10")
+    assert "".join(run.text for run in shown.runs) == shown.text
+    assert [run.text for run in shown.runs if run.special] == ["<|endoftext|>"]
     with pytest.raises(DataError, match="document 999"):
         next(documents(prefix, 999, 1, None))
 
@@ -205,7 +214,7 @@ def test_bad_recipes(root: Path, changes: dict, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{broken", r"bad\.jsonl, byte 17"), ('{"body": "x"}', "no field 'text'"), ('{"text": 5}', "int")],
+    [("{broken", r"bad\.jsonl, line 2, byte 17"), ('{"body": "x"}', "no field 'text'"), ('{"text": 5}', "int")],
 )
 def test_bad_lines(root: Path, line: str, words: str) -> None:
     (root / "raw" / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\n" + line + "\n")

@@ -1,5 +1,7 @@
 """A tiny reference model, the same weights in an engine, and full recomputation by the reference."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,15 +38,19 @@ def models(
 class RecordingRunner(Runner):
     """Keeps the logits of every read."""
 
-    seen: list[Tensor]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[Tensor] = []
 
     def logits(self, mixes: list[Mix], reads: list[Read]) -> Tensor:
         result = super().logits(mixes, reads)
-        self.seen = [*getattr(self, "seen", []), *result]
+        self.seen += [row.clone() for row in result]
         return result
 
 
-def engine_of(weights: ModelWeights, settings: EngineSettings, context: ParallelContext) -> tuple[Engine, Runner]:
+def engine_of(
+    weights: ModelWeights, settings: EngineSettings, context: ParallelContext
+) -> tuple[Engine, RecordingRunner]:
     runner = RecordingRunner(
         weights,
         policy=settings.cache,

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ouro_megatron.model.looplm import LoopLM, initialise
 from ouro_megatron.parallel.context import ParallelContext, create_context
 from ouro_megatron.planning.layout import Layout
-from ouro_megatron.planning.memory import gather_buffer, layer_bytes, rank_memory, rank_parameters
+from ouro_megatron.planning.memory import gather_buffer, layer_bytes
 from ouro_megatron.recipe.schema import ModelSection, ParallelSection, Recompute
 from tests.distributed.ranks import run_ranks
 

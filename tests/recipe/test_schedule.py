@@ -41,6 +41,7 @@ def test_plan_equals_counting(ramp: list[tuple[str, int]], total: str) -> None:
     made = recipe(batch={"global_tokens": 64, "ramp": points}, budget={"total": total})
     plan = BatchPlan(made)
     budget = made.budget.total
+    assert budget is not None
     step = tokens = 0
     size, waiting = 64, list(made.batch.ramp)
     while (step < budget.steps) if budget.steps is not None else (tokens < (budget.tokens or 0)):

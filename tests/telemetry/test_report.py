@@ -12,6 +12,8 @@ from ouro_megatron.telemetry.depth_colors import depth_hex, depth_rgb
 from ouro_megatron.telemetry.plots import FIGURES
 from ouro_megatron.telemetry.records import EventRecord, Record
 from ouro_megatron.telemetry.report import write_report
+from ouro_megatron.telemetry.run_reader import read_stages
+from ouro_megatron.telemetry.timeline import Timeline
 from tests.telemetry.test_metrics_file import evaluation, step, write
 
 PNG = b"\x89PNG\r\n"
@@ -110,3 +112,40 @@ def test_colours_darken_with_depth() -> None:
     assert brightness == sorted(brightness, reverse=True)
     assert depth_hex(1, 1) == depth_hex(1, 8) == "#fde725"
     assert depth_hex(9, 4) == depth_hex(4, 4)
+
+
+def lineage(folder: Path, *before: tuple[str, int]) -> None:
+    records = [{"name": name, "kind": "training", "tokens": tokens} for name, tokens in before]
+    (folder / "lineage.json").write_text(json.dumps(records))
+
+
+def test_branches_begin_where_their_parent_ends(tmp_path: Path) -> None:
+    for name in ("first", "small", "large", "small-anneal"):
+        run(tmp_path / name)
+    lineage(tmp_path / "first")
+    lineage(tmp_path / "small", ("first", 29_000))
+    lineage(tmp_path / "large", ("first", 29_000))
+    lineage(tmp_path / "small-anneal", ("first", 29_000), ("small", 29_000))
+    timeline = Timeline.of(read_stages(tmp_path))
+    places = {span.stage.name: (span.start, span.branch) for span in timeline.spans}
+    assert places == {"first": (0, 0), "small": (29_000, 0), "large": (29_000, 1), "small-anneal": (58_000, 0)}
+    assert timeline.end == 87_000 and timeline.starts == [0, 29_000, 58_000]
+    assert [x for x, _ in timeline.steps(1)][:2] == [30_000, 31_000]
+    assert "87k" in check(tmp_path)
+
+
+def test_a_stage_whose_parents_are_elsewhere_begins_at_their_tokens(tmp_path: Path) -> None:
+    for name, before in (("a", 5_000), ("b", 34_000)):
+        run(tmp_path / name)
+        lineage(tmp_path / name, ("gone", 5_000), *([("a", 29_000)] if before > 5_000 else []))
+    assert [span.start for span in Timeline.of(read_stages(tmp_path)).spans] == [5_000, 34_000]
+
+
+def test_steps_that_were_rolled_back_are_not_drawn(tmp_path: Path) -> None:
+    undone: list[Record] = [*(step(n, loss=99.0) for n in range(5, 9)), EventRecord(4, "rollback", "back at step 4")]
+    write(tmp_path, [*(step(n) for n in range(1, 5)), *undone, *(step(n, rollbacks=1) for n in range(5, 7))])
+    (stage,) = read_stages(tmp_path)
+    assert [record.step for record in stage.steps] == [1, 2, 3, 4, 5, 6]
+    assert all(record.loss < 99 for record in stage.steps)
+    assert Timeline.of([stage]).rollbacks() == [4_000]
+    check(tmp_path)

@@ -1,0 +1,186 @@
+"""What leaves documents out: length, language, quality score, text that tests are made of. Each works on one document.
+
+Exact duplicates are found across units and sources when everything is read; see data_prep/dedup.py.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ouro_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    from data_prep.sources.base import Document
+
+_WORD = re.compile(r"[぀-ヿ㐀-鿿豈-﫿]|[^\W぀-ヿ㐀-鿿豈-﫿]+")
+"""A word of an alphabet, or one Chinese or Japanese character."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DocumentFilters(_Settings):
+    """Filters that look at one document and its fields; a source's own ones stand in for the recipe's."""
+
+    min_characters: Annotated[int | None, Field(ge=1)] = None
+    max_characters: Annotated[int | None, Field(ge=1)] = None
+    languages: tuple[str, ...] | None = None
+    """Values of `language_field` that stay. A document without that field is left out."""
+    language_field: str = "language"
+    min_score: float | None = None
+    """Least value of `score_field`. A document without that field is left out."""
+    max_score: float | None = None
+    score_field: str = "score"
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "DocumentFilters":
+        for low, high in (("min_characters", "max_characters"), ("min_score", "max_score")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{low} {least} is above {high} {most}: nothing would be left")
+        return self
+
+    def over(self, recipe: "DocumentFilters") -> "DocumentFilters":
+        """These, and the recipe's where these say nothing."""
+        names = DocumentFilters.model_fields.keys()
+        values = {name: getattr(self if name in self.model_fields_set else recipe, name) for name in names}
+        return DocumentFilters(**values)
+
+    def reason(self, document: "Document") -> str | None:
+        """Why the document is left out, as a word to count by; None when it stays."""
+        if self.min_characters is not None or self.max_characters is not None:
+            length = len(text_of(document))
+            if self.min_characters is not None and length < self.min_characters:
+                return "short"
+            if self.max_characters is not None and length > self.max_characters:
+                return "long"
+        if self.languages is not None and document.fields.get(self.language_field) not in self.languages:
+            return "language" if self.language_field in document.fields else "no_language"
+        return self._score_reason(document)
+
+    def _score_reason(self, document: "Document") -> str | None:
+        if self.min_score is None and self.max_score is None:
+            return None
+        score = document.fields.get(self.score_field)
+        if isinstance(score, bool) or not isinstance(score, int | float) or score != score:
+            return "no_score"
+        low = self.min_score is not None and score < self.min_score
+        high = self.max_score is not None and score > self.max_score
+        return "score" if low or high else None
+
+
+class Decontamination(_Settings):
+    """Leaves out documents that share a run of `ngram` words with a list of texts, such as the questions of a test."""
+
+    files: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """.txt: one text a line; .jsonl: the string fields named in `fields`."""
+    fields: tuple[str, ...] = ("text", "question", "prompt", "input", "problem")
+    ngram: Annotated[int, Field(ge=2)] = 13
+    """Words, lower case, without punctuation; a Chinese or Japanese character is a word. Shorter texts never match."""
+
+
+class Filters(DocumentFilters):
+    """All filters of a recipe."""
+
+    exact_dedup: bool = False
+    """Only the first of documents with the same text stays, in the order of the recipe's sources."""
+    decontaminate: Decontamination | None = None
+
+
+def text_of(document: "Document") -> str:
+    """The text, or that of all turns."""
+    if document.messages is None:
+        return document.text
+    return "\n".join(str(message.get("content") or "") for message in document.messages)
+
+
+def words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+class NgramList:
+    """Runs of words that must not occur."""
+
+    def __init__(self, settings: Decontamination) -> None:
+        """Raises DataError for a file that cannot be read or that gives no run of the length."""
+        self.ngram = settings.ngram
+        self._ids: dict[str, int] = {}
+        self._runs: set[tuple[int, ...]] = set()
+        for file in settings.files:
+            longest = 0
+            for text in _texts(file, settings.fields):
+                ids = [self._ids.setdefault(word, len(self._ids)) for word in words(text)]
+                longest = max(longest, len(ids))
+                self._runs.update(zip(*(ids[start:] for start in range(self.ngram)), strict=False))
+            if longest < self.ngram:
+                raise DataError(f"filters.decontaminate: {file} holds no text of {self.ngram} words or more")
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    @cached_property
+    def _hashes(self) -> np.ndarray:
+        rows = np.array(sorted(self._runs), dtype=np.int64)
+        return np.unique(_row_hashes(rows.ravel(), self.ngram)[:: self.ngram])
+
+    def occurs_in(self, text: str) -> bool:
+        """Whether any run occurs. Candidates are found by a hash of all windows at one time, then compared."""
+        get = self._ids.get
+        ids = np.array([get(word, -1) for word in words(text)], dtype=np.int64)
+        if len(ids) < self.ngram:
+            return False
+        known = ids >= 0
+        if int(known.sum()) < self.ngram:
+            return False
+        # Windows with an unknown word cannot match.
+        unknown = np.concatenate(([0], np.cumsum(~known)))
+        whole = unknown[self.ngram :] == unknown[: -self.ngram]
+        candidates = np.flatnonzero(whole)
+        if not len(candidates):
+            return False
+        hit = np.isin(_row_hashes(ids, self.ngram)[candidates], self._hashes)
+        return any(tuple(ids[at : at + self.ngram].tolist()) in self._runs for at in candidates[hit].tolist())
+
+
+def _row_hashes(ids: np.ndarray, ngram: int) -> np.ndarray:
+    """A hash of each window of `ngram` ids: uint64[len(ids) - ngram + 1]."""
+    values = ids.astype(np.uint64) + np.uint64(1)
+    out = np.zeros(len(ids) - ngram + 1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for shift in range(ngram):
+            out = out * np.uint64(0x9E3779B97F4A7C15) + values[shift : len(ids) - ngram + 1 + shift]
+    return out
+
+
+def _texts(file: Path, fields: Sequence[str]) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, start=1):
+                if file.suffix != ".jsonl":
+                    yield line
+                elif line.strip():
+                    yield from _strings(file, number, line, fields)
+    except OSError as error:
+        raise DataError(f"filters.decontaminate: {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"filters.decontaminate: {file} is not UTF-8: {error}") from error
+
+
+def _strings(file: Path, number: int, line: str, fields: Sequence[str]) -> Iterator[str]:
+    try:
+        record: Any = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"filters.decontaminate: {file}, line {number}: {error}") from error
+    found = (
+        [record[name] for name in fields if isinstance(record.get(name), str)] if isinstance(record, Mapping) else []
+    )
+    if not found:
+        raise DataError(f"filters.decontaminate: {file}, line {number}: none of the fields {', '.join(fields)} is text")
+    yield from found

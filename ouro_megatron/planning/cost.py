@@ -1,0 +1,176 @@
+"""Seconds of one rank's tasks, and the bytes it sends over each kind of link."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ouro_megatron.planning.hardware import Efficiency, Gpu
+from ouro_megatron.planning.layout import Layout
+from ouro_megatron.planning.memory import rank_parameters, widths
+from ouro_megatron.planning.schedule import Task
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes a rank sends in one step, by purpose; and whether the partners of each sit in the same node."""
+
+    tensor: float
+    pipeline: float
+    data: float
+    tensor_in_node: bool
+    pipeline_in_node: bool
+    data_in_node: bool
+
+    @property
+    def in_node(self) -> float:
+        parts = (
+            (self.tensor, self.tensor_in_node),
+            (self.pipeline, self.pipeline_in_node),
+            (self.data, self.data_in_node),
+        )
+        return sum(amount for amount, inside in parts if inside)
+
+    @property
+    def between_nodes(self) -> float:
+        return self.tensor + self.pipeline + self.data - self.in_node
+
+
+class Costs:
+    """Times of a layout on a GPU. Tensor-parallel ranks are neighbours, then data-parallel, then pipeline ranks."""
+
+    def __init__(self, layout: Layout, gpu: Gpu, efficiency: Efficiency) -> None:
+        self.layout = layout
+        self.gpu = gpu
+        self.efficiency = efficiency
+        self._peak = gpu.peak("bf16" if layout.bytes_per_value == 2 else "fp32")
+        self._node = gpu.node_bandwidth * efficiency.node
+        self._network = gpu.network_bandwidth * efficiency.network
+
+    # What shares a node
+
+    def _inside(self, span: int) -> bool:
+        """Whether a group that spans so many consecutive ranks fits into one node."""
+        return span <= self.gpu.gpus_per_node
+
+    @property
+    def tensor_in_node(self) -> bool:
+        return self._inside(self.layout.tensor)
+
+    @property
+    def data_in_node(self) -> bool:
+        return self._inside(self.layout.tensor * self.layout.data)
+
+    @property
+    def pipeline_in_node(self) -> bool:
+        return self._inside(self.layout.world)
+
+    def _bandwidth(self, in_node: bool) -> float:
+        return self._node if in_node else self._network
+
+    # Compute
+
+    @cached_property
+    def layer_seconds(self) -> float:
+        """Forward of one layer for one microbatch, communication of the tensor-parallel group included."""
+        layout, model = self.layout, self.layout.model
+        query, key, ffn, _ = widths(layout)
+        tokens = layout.tokens
+        matmul = 2.0 * tokens * (model.hidden * (2 * query + 2 * key) + 3 * model.hidden * ffn)
+        attention = 2.0 * tokens * query * layout.sequence
+        split = layout.tensor if layout.sequence_parallel else 1
+        # Passes over memory, in values a token: four norms of about twelve (fp32 inside), two sums, rotation, SwiGLU.
+        moved = layout.bytes_per_value * tokens * (54 * model.hidden / split + 14 * (query + key) + 5 * ffn)
+        return (
+            matmul / (self._peak * self.efficiency.matmul)
+            + attention / (self._peak * self.efficiency.attention)
+            + moved / (self.gpu.memory_bandwidth * self.efficiency.memory)
+            + 30 * self.efficiency.launch_seconds
+            + self._tensor_seconds(2)
+        )
+
+    def _tensor_seconds(self, exchanges: int) -> float:
+        """All-reduces of one microbatch's hidden state in the tensor-parallel group (as much when split in two)."""
+        tensor = self.layout.tensor
+        if tensor == 1:
+            return 0.0
+        sent = 2 * (tensor - 1) / tensor * self._hidden_bytes()
+        return exchanges * (sent / self._bandwidth(self.tensor_in_node) + 2 * self.efficiency.latency_seconds)
+
+    def _hidden_bytes(self) -> float:
+        return self.layout.bytes_per_value * self.layout.tokens * self.layout.model.hidden
+
+    @cached_property
+    def head_seconds(self) -> float:
+        """Loss head of one loop: logits and both of their gradients, formed in the forward task of that loop."""
+        layout, model = self.layout, self.layout.model
+        vocab = widths(layout)[3]
+        products = 3 if layout.trains_model else 1
+        matmul = products * 2.0 * layout.tokens * vocab * model.hidden
+        moved = layout.tokens * vocab * (4 * 8 + 2 * 4)
+        chunks = -(-layout.tokens // layout.chunk_tokens)
+        seconds = matmul / (self._peak * self.efficiency.matmul)
+        seconds += moved / (self.gpu.memory_bandwidth * self.efficiency.memory)
+        if layout.tensor > 1:
+            seconds += self._tensor_seconds(1) + chunks * 2 * 2 * self.efficiency.latency_seconds
+        return seconds + chunks * 12 * self.efficiency.launch_seconds
+
+    def task_seconds(self, rank: int, task: Task) -> float:
+        """A forward or backward visit of `rank`'s layers; backward is two forwards, three when recomputing."""
+        layout = self.layout
+        layers = layout.layers[rank] * self.layer_seconds
+        if task.kind == "forward":
+            return layers + (self.head_seconds if rank == layout.pipeline - 1 else 0.0)
+        if not layout.trains_model:
+            return 0.0
+        again = {"none": 0.0, "selective": 0.06, "full": 1.0}[layout.recomputes(task.loop)]
+        return layers * (2.0 + again)
+
+    # Communication
+
+    @property
+    def hop_bytes(self) -> float:
+        """What one visit sends to the next pipeline rank."""
+        return self._hidden_bytes() / (self.layout.tensor if self.layout.sequence_parallel else 1)
+
+    @property
+    def hop_seconds(self) -> float:
+        if self.layout.pipeline == 1:
+            return 0.0
+        return self.hop_bytes / self._bandwidth(self.pipeline_in_node) + self.efficiency.latency_seconds
+
+    def traffic(self, rank: int) -> Traffic:
+        """What a rank at pipeline position `rank` sends in one step."""
+        layout = self.layout
+        visits = layout.loops * layout.microbatches
+        tensor = 0.0
+        if layout.tensor > 1:
+            ring = 2 * (layout.tensor - 1) / layout.tensor * self._hidden_bytes()
+            again = sum(layout.recomputes(loop) == "full" for loop in range(layout.loops)) / layout.loops
+            tensor = visits * layout.layers[rank] * ring * (4 + 2 * again)
+            if rank == layout.pipeline - 1:
+                tensor += visits * ring
+        pipeline = 0.0
+        if layout.pipeline > 1:
+            last, first = rank == layout.pipeline - 1, rank == 0
+            forwards = visits - (layout.microbatches if last else 0)
+            backwards = visits - (layout.microbatches if first else 0)
+            pipeline = (forwards + (backwards if layout.trains_model else 0)) * self.hop_bytes
+        return Traffic(
+            tensor, pipeline, self._data_bytes(rank), self.tensor_in_node, self.pipeline_in_node, self.data_in_node
+        )
+
+    def _data_bytes(self, rank: int) -> float:
+        layout = self.layout
+        if layout.data == 1:
+            return 0.0
+        parameters = rank_parameters(layout, rank) if layout.trains_model else layout.model.hidden + 1
+        # Gradients are scattered in fp32, weights gathered in the compute precision.
+        return (layout.data - 1) / layout.data * parameters * (4 + layout.bytes_per_value)
+
+    def data_seconds(self, rank: int) -> float:
+        """Gradient reduction and parameter gather, which follow the last backward one after the other."""
+        return self._data_bytes(rank) / self._bandwidth(self.data_in_node) + 4 * self.efficiency.latency_seconds
+
+    def optimizer_seconds(self, rank: int) -> float:
+        """Adam on this data-parallel rank's share: about 40 bytes a parameter through memory, and the norm."""
+        parameters = rank_parameters(self.layout, rank) / self.layout.data
+        return 48 * parameters / (self.gpu.memory_bandwidth * self.efficiency.memory) + 2e-3

@@ -1,0 +1,66 @@
+"""All layouts of a recipe on so many GPUs, ranked by predicted time."""
+
+from collections.abc import Iterator
+
+from ouro_megatron.errors import RecipeError
+from ouro_megatron.planning.hardware import Efficiency, Gpu
+from ouro_megatron.planning.layout import layout_of
+from ouro_megatron.planning.plan import Plan
+from ouro_megatron.recipe.schedule import BatchPlan
+from ouro_megatron.recipe.schema import Recipe, Recompute
+
+_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+def plan_for(recipe: Recipe, world: int, gpu: Gpu, efficiency: Efficiency | None = None) -> Plan:
+    """The plan of the recipe's own layout. Raises RecipeError with all problems when it cannot run on `world` GPUs."""
+    layout = layout_of(recipe, world)
+    return Plan(layout, gpu, BatchPlan(recipe).total_tokens, efficiency or Efficiency())
+
+
+def best_plans(recipe: Recipe, world: int, gpu: Gpu, efficiency: Efficiency | None = None) -> list[Plan]:
+    """One plan for each (tensor, pipeline, microbatch) that can run, with the least recomputation that fits.
+
+    Those that fit into memory come first, fastest first; then those that do not, smallest first. Global batch, model
+    and data stay as the recipe says. Raises RecipeError when no layout can run.
+    """
+    total = BatchPlan(recipe).total_tokens
+    plans = []
+    for variant in _variants(recipe, world):
+        chosen = None
+        for mode in _RECOMPUTE:
+            training = variant.training.model_copy(update={"recompute": mode, "recompute_loops": None})
+            try:
+                layout = layout_of(variant.model_copy(update={"training": training}), world)
+            except RecipeError:
+                break
+            chosen = Plan(layout, gpu, total, efficiency or Efficiency())
+            if chosen.fits:
+                break
+        if chosen is not None:
+            plans.append(chosen)
+    if not plans:
+        raise RecipeError(
+            f"no layout of {recipe.name!r} runs on {world} GPUs with batch.global_tokens={recipe.batch.global_tokens}; "
+            "a global batch that is a multiple of the GPUs and the sequence length has more choices"
+        )
+    return sorted(plans, key=lambda plan: (not plan.fits, plan.step_seconds if plan.fits else plan.peak_bytes))
+
+
+def _variants(recipe: Recipe, world: int) -> Iterator[Recipe]:
+    tensors = [size for size in (1, 2, 4, 8) if size <= world]
+    pipelines = [size for size in (1, 2, 3, 4, 6, 8, 12, 16) if size <= min(world, recipe.model.layers)]
+    for tensor in tensors:
+        for pipeline in pipelines:
+            for microbatch in (1, 2, 4, 8):
+                parallel = recipe.parallel.model_copy(
+                    update={
+                        "tensor": tensor,
+                        "pipeline": pipeline,
+                        "data": None,
+                        "layers": None,
+                        "sequence": tensor > 1,
+                    }
+                )
+                batch = recipe.batch.model_copy(update={"microbatch": microbatch})
+                yield recipe.model_copy(update={"parallel": parallel, "batch": batch})

@@ -1,0 +1,139 @@
+"""Sources behind fsspec URLs, reads that fail for a while, and the `datasets` library."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+from data_prep.fixtures import make_fixture
+from data_prep.formats import files
+from data_prep.formats.files import open_file
+from ouro_megatron.errors import DataError
+from tests.data_prep.sources.reading import read_all, source_of
+
+
+@pytest.fixture
+def memory() -> Iterator[MemoryFileSystem]:
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "parquet", "arrow", "nemotron_cc", "map_cc", "prolong", "chat", "text_folder"]
+)
+def test_a_corpus_behind_a_url(kind: str, tmp_path: Path, memory: MemoryFileSystem) -> None:
+    made = make_fixture(kind, tmp_path)
+    root = str(made.settings["path"])
+    memory.put(root, "/bucket/corpus", recursive=True)
+    remote = {**made.settings, "path": "memory://bucket/corpus"}
+    remote.pop("manifest", None)
+    for target in (1 << 26, 300):
+        documents, faults = read_all(remote, target)
+        local, _ = read_all(made.settings, target)
+        assert not faults
+        assert [(d.text, d.messages) for d in documents] == [(d.text, d.messages) for d in local]
+    assert all(unit.stamp and unit.path.startswith("memory://") for unit in source_of(remote).units(300))
+
+
+def test_file_urls_need_no_fsspec(tmp_path: Path) -> None:
+    made = make_fixture("jsonl", tmp_path)
+    assert read_all({**made.settings, "path": f"file://{made.settings['path']}"}) == read_all(made.settings)
+
+
+def test_nothing_there(memory: MemoryFileSystem) -> None:
+    with pytest.raises(DataError, match="memory://nowhere"):
+        source_of({"kind": "jsonl", "path": "memory://nowhere"}).units(1)
+    with pytest.raises(DataError, match="nosuchscheme"):
+        source_of({"kind": "jsonl", "path": "nosuchscheme://x"}).units(1)
+
+
+class FlakyFile(MemoryFile):
+    """Every second read fails, as networks do."""
+
+    reads = 0
+
+    def read(self, size: int = -1) -> bytes:
+        FlakyFile.reads += 1
+        if FlakyFile.reads % 2:
+            raise ConnectionError("reset by peer")
+        return super().read(size)
+
+
+class FlakySystem(MemoryFileSystem):
+    protocol = "flaky"
+    store: ClassVar[dict[str, Any]] = {}
+    broken = False
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("flaky://").strip("/")
+
+    def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
+        if FlakySystem.broken:
+            raise ConnectionError("no route to host")
+        found = super()._open(path, mode, **more)
+        return FlakyFile(self, path, found.getvalue()) if mode == "rb" else found
+
+
+@pytest.fixture
+def flaky(monkeypatch: pytest.MonkeyPatch) -> FlakySystem:
+    fsspec.register_implementation("flaky", FlakySystem, clobber=True)
+    monkeypatch.setattr(files, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(FlakySystem, "broken", False)
+    return FlakySystem()
+
+
+def test_reading_goes_on_where_it_failed(flaky: FlakySystem) -> None:
+    rows = [{"text": f"document {number} " + "x" * 50_000} for number in range(60)]
+    flaky.pipe("/corpus/a.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    documents, faults = read_all({"kind": "jsonl", "path": "flaky://corpus"}, 1_000_000)
+    assert [document.text for document in documents] == [row["text"] for row in rows]
+    assert not faults and FlakyFile.reads > 2
+
+
+def test_a_lasting_failure_is_no_fault_of_the_file(flaky: FlakySystem) -> None:
+    flaky.pipe("/corpus/a.jsonl", b'{"text": "x"}\n')
+    source = source_of({"kind": "jsonl", "path": "flaky://corpus"})
+    (unit,) = source.units(1 << 20)
+    FlakySystem.broken = True
+    with pytest.raises(DataError, match="tried 5 times: ConnectionError: no route to host"):
+        list(source.read(unit, list[Any]().append))
+    with pytest.raises(DataError, match=r"is not there any more"):
+        open_file("flaky://corpus/gone", {})
+
+
+def test_saved_datasets_are_split_by_rows(tmp_path: Path) -> None:
+    rows = [{"text": f"document {number}", "url": f"u{number}"} for number in range(50)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "one"), num_shards=2)
+    settings = {"kind": "datasets", "path": str(tmp_path / "one"), "key": "url"}
+    source = source_of(settings)
+    assert len(source.units(500)) > 2
+    documents, faults = read_all(settings, 500)
+    assert [(d.text, d.key) for d in documents] == [(row["text"], row["url"]) for row in rows] and not faults
+    both = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:3])}
+    )
+    both.save_to_disk(str(tmp_path / "two"))
+    assert len(read_all({**settings, "path": str(tmp_path / "two"), "split": "test"})[0]) == 3
+
+
+def test_datasets_streams_and_conversations(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    settings = {"kind": "datasets", "path": str(tmp_path)}
+    with pytest.raises(DataError, match="Set `chat: true`"):
+        source_of(settings).units(1)
+    (document,), _ = read_all({**settings, "chat": True})
+    assert document.messages == turns
+
+
+def test_datasets_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot open .*nowhere.*a folder must hold data files"):
+        source_of({"kind": "datasets", "path": str(tmp_path / "nowhere")}).units(1)
