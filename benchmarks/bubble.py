@@ -73,7 +73,7 @@ def one_step(loops: int, microbatches: int, work: float) -> list[tuple[str, floa
             context.barrier()
             clock = ScheduleClock(context.device)
             looped.run(forward, list(range(microbatches)), sequence_length=SEQUENCE, microbatch_size=1, clock=clock)
-        return [tuple(task) for task in clock.times()]
+        return [(task.kind, task.start, task.end) for task in clock.times()]
     finally:
         context.close()
 

@@ -39,10 +39,10 @@ def check_tokenizer(tokenizer_folder: Path, paths: Iterable[Path], progress: Pro
     compare. Raises DataError for a path without text, and with file and place at the first id that differs.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the rates are those of one core
-    encoder, why = choose_encoder(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    encoder, why = choose_encoder(tokenizer)
     if why is not None:
         return f"{tokenizer_folder}: takes the slow path, which is `tokenizers` itself: {why}"
-    tokenizer = load_tokenizer(tokenizer_folder)
     files = [file for path in paths for file in _files(path)]
     total = sum(file.stat().st_size for file in files)
     total = total if limit is None else min(total, limit)

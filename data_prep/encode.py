@@ -1,6 +1,7 @@
 """Many texts to token ids at one time, as flat arrays."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -61,15 +62,31 @@ def batch_encoder(tokenizer_folder: Path) -> BatchEncoder:
 
     Raises DataError as `load_tokenizer` does.
     """
-    return choose_encoder(tokenizer_folder)[0]
+    return choose_encoder(load_tokenizer(tokenizer_folder))[0]
 
 
-def choose_encoder(tokenizer_folder: Path) -> tuple[BatchEncoder, str | None]:
-    """`batch_encoder`, and why it is the slow one, if it is. Raises DataError as `load_tokenizer` does."""
+def choose_encoder(tokenizer: TextTokenizer) -> tuple[BatchEncoder, str | None]:
+    """`batch_encoder`, and why it is the slow one, if it is."""
     from data_prep.byte_level import ByteLevelEncoder, MisfitError
 
-    tokenizer = load_tokenizer(tokenizer_folder)
     try:
         return ByteLevelEncoder(tokenizer), None
     except MisfitError as misfit:
         return PlainEncoder(tokenizer), str(misfit)
+
+
+def open_tokenizer(folder: Path) -> tuple[TextTokenizer, BatchEncoder]:
+    """A tokenizer and its encoder, kept for the next call of this process while its files stay as they are.
+
+    A worker asks once a shard; making them takes as long as encoding tens of megabytes. Raises DataError as
+    `load_tokenizer` does.
+    """
+    inside = folder if folder.is_dir() else folder.parent  # the path may be that of tokenizer.json
+    files = (file.stat() for file in sorted(inside.glob("*.json")))
+    return _open_tokenizer(folder, tuple((status.st_size, status.st_mtime_ns) for status in files))
+
+
+@lru_cache(maxsize=1)
+def _open_tokenizer(folder: Path, stamp: tuple[tuple[int, int], ...]) -> tuple[TextTokenizer, BatchEncoder]:
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, choose_encoder(tokenizer)[0]

@@ -6,7 +6,7 @@ Exact duplicates are found across units and sources when everything is read; see
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _WORD = re.compile(r"[぀-ヿ㐀-鿿豈-﫿]|[^\W぀-ヿ㐀-鿿豈-﫿]+")
 """A word of an alphabet, or one Chinese or Japanese character."""
+_DETECTED_CHARACTERS = 1000
+"""Text that a language is told from: more takes longer and hardly changes the answer."""
 
 
 class _Settings(BaseModel):
@@ -34,6 +36,8 @@ class DocumentFilters(_Settings):
     languages: tuple[str, ...] | None = None
     """Values of `language_field` that stay. A document without that field is left out."""
     language_field: str = "language"
+    detect_language: bool = False
+    """The text decides instead of a field: `languages` are ISO 639-1 codes then ("en", "zh")."""
     min_score: float | None = None
     """Least value of `score_field`. A document without that field is left out."""
     max_score: float | None = None
@@ -45,6 +49,8 @@ class DocumentFilters(_Settings):
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:
                 raise ValueError(f"{low} {least} is above {high} {most}: nothing would be left")
+        if self.detect_language and self.languages is None:
+            raise ValueError("detect_language asks for languages, such as [en]")
         return self
 
     def over(self, recipe: "DocumentFilters") -> "DocumentFilters":
@@ -61,9 +67,16 @@ class DocumentFilters(_Settings):
                 return "short"
             if self.max_characters is not None and length > self.max_characters:
                 return "long"
-        if self.languages is not None and document.fields.get(self.language_field) not in self.languages:
-            return "language" if self.language_field in document.fields else "no_language"
-        return self._score_reason(document)
+        return self._language_reason(document) or self._score_reason(document)
+
+    def _language_reason(self, document: "Document") -> str | None:
+        if self.languages is None:
+            return None
+        if self.detect_language:
+            return None if language_of(text_of(document)) in self.languages else "language"
+        if self.language_field not in document.fields:
+            return "no_language"
+        return None if document.fields[self.language_field] in self.languages else "language"
 
     def _score_reason(self, document: "Document") -> str | None:
         if self.min_score is None and self.max_score is None:
@@ -99,6 +112,23 @@ def text_of(document: "Document") -> str:
     if document.messages is None:
         return document.text
     return "\n".join(str(message.get("content") or "") for message in document.messages)
+
+
+def language_of(text: str) -> str:
+    """ISO 639-1 code of the language that the first 1,000 characters are most likely in (a model of py3langid).
+
+    Raises DataError when py3langid is not installed.
+    """
+    return str(_identifier().classify(text[:_DETECTED_CHARACTERS])[0])
+
+
+@cache
+def _identifier() -> Any:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        raise DataError("filters.detect_language needs py3langid: install ouro-megatron[data]") from error
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
 def words(text: str) -> list[str]:

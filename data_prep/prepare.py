@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from data_prep.dedup import find_duplicates
+from data_prep.encode import choose_encoder
 from data_prep.faults import FaultBudget, faults_file, write_faults
 from data_prep.lock import locked
 from data_prep.merge import merge, plan_merge
@@ -74,7 +75,7 @@ def prepare(
         _tokenise(stale, watcher, workers, shard)
         if shard is None:
             _merge(jobs, stale, watcher, workers)
-            _clean(recipe)
+            _clean(recipe, jobs)
     return [] if shard is not None else _prefixes(jobs)
 
 
@@ -91,7 +92,7 @@ def merge_all(recipe: DataRecipe, watcher: Watcher, *, workers: int) -> list[Pat
                 f"tokenised yet. Run `ouro data prepare` with --slurm or the missing --shard again:{shown}"
             )
         _merge(jobs, stale, watcher, workers)
-        _clean(recipe)
+        _clean(recipe, jobs)
     return _prefixes(jobs)
 
 
@@ -158,9 +159,16 @@ def _tokenise(jobs: Sequence[SourceJob], watcher: Watcher, workers: int, shard: 
             add(task, read_result(task))
     left = [task for task in tasks if not task.is_done]
     if left:
+        _say_when_slow(owners[left[0].folder].recipe.tokenizer_folder, watcher)
         tracker = Tracker("tokenising", watcher, total=sum(task.size for task in tasks))
         tracker.skip(sum(task.size for task in tasks) - sum(task.size for task in left))
         tracker.run(tokenise_shard, left, workers, add)
+
+
+def _say_when_slow(tokenizer: Path, watcher: Watcher) -> None:
+    _, why = choose_encoder(load_tokenizer(tokenizer))
+    if why is not None:
+        watcher.say(f"{tokenizer}: `tokenizers` does the work, not the much faster path: {why}")
 
 
 def _merge(jobs: Sequence[SourceJob], stale: Sequence[SourceJob], watcher: Watcher, workers: int) -> None:
@@ -228,12 +236,17 @@ def _remove_old_parts(job: SourceJob) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _clean(recipe: DataRecipe) -> None:
+def _clean(recipe: DataRecipe, jobs: Sequence[SourceJob]) -> None:
     """Shards of sources that are not in the recipe any more, plans, hashes nobody asks for."""
     if not recipe.keep_parts:
         shutil.rmtree(recipe.output / ".parts", ignore_errors=True)
-    if not recipe.filters.exact_dedup:
-        shutil.rmtree(recipe.output / ".hashes", ignore_errors=True)
+    wanted = {task.hashes for job in jobs for task in job.tasks}
+    folder = recipe.output / ".hashes"
+    for file in list(folder.iterdir()) if folder.is_dir() else []:
+        if file not in wanted:
+            file.unlink(missing_ok=True)
+    if folder.is_dir() and not recipe.filters.exact_dedup:
+        folder.rmdir()
 
 
 def _prefixes(jobs: Sequence[SourceJob]) -> list[Path]:
@@ -242,9 +255,9 @@ def _prefixes(jobs: Sequence[SourceJob]) -> list[Path]:
 
 def _summary(prefix: Path, manifest: dict[str, Any]) -> str:
     counts = manifest["source_counts"]
-    left_out = "".join(f", {count:,} {name}" for name, count in counts["left_out"].items())
-    faults = f", {counts['faults']:,} faults" if counts["faults"] else ""
-    of_source = f" (its source left out{left_out}{faults})".replace("out,", "out") if left_out or faults else ""
+    lost = [f"{count:,} {name}" for name, count in counts["left_out"].items()]
+    lost += [f"{counts['faults']:,} with faults"] if counts["faults"] else []
+    of_source = f" (of its source left out: {', '.join(lost)})" if lost else ""
     return (
         f"{prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
         f"unigram entropy {manifest['unigram_entropy']:.3f} nats{of_source}"

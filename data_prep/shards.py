@@ -18,13 +18,12 @@ import numpy as np
 
 from data_prep.dedup import save_sorted
 from data_prep.document_encoder import DocumentEncoder
-from data_prep.encode import batch_encoder
+from data_prep.encode import open_tokenizer
 from data_prep.filters import DocumentFilters, Filters, NgramList, text_of
 from data_prep.pool import Pulse, Work
 from data_prep.sources.base import Document, Fault, Unit
 from data_prep.sources.registry import AnySource
 from data_prep.writer import MAX_LENGTH, PairWriter, token_dtype
-from ouro_megatron.data.tokenizer import load_tokenizer
 from ouro_megatron.errors import DataError
 
 SPLITS = ("train", "validation")
@@ -163,10 +162,8 @@ class _Shard:
 
     def __init__(self, task: ShardTask, folder: Path, pulse: Pulse) -> None:
         self.task, self.folder, self.pulse = task, folder, pulse
-        self.tokenizer = load_tokenizer(task.tokenizer)
-        self.encoder = DocumentEncoder(
-            self.tokenizer, batch_encoder(task.tokenizer), task.tokenizer, task.chat_template
-        )
+        self.tokenizer, encoder = open_tokenizer(task.tokenizer)
+        self.encoder = DocumentEncoder(self.tokenizer, encoder, task.tokenizer, task.chat_template)
         decontaminate = task.filters.decontaminate
         self.ngrams = None if decontaminate is None else NgramList(decontaminate)
         self.left_out: Counter[str] = Counter()

@@ -37,16 +37,16 @@ class MetricsError(OuroError):
     exit_code = 6
 
 
-class ClusterError(OuroError):
-    """Jobs that cannot be submitted as they are. Lists every problem found, one a line."""
-
-    exit_code = 8
-
-
 class DashboardError(OuroError):
     """A dashboard that cannot be written or that the server does not take."""
 
     exit_code = 6
+
+
+class ClusterError(OuroError):
+    """Jobs that cannot be submitted as they are. Lists every problem found, one a line."""
+
+    exit_code = 8
 
 
 class RequestError(OuroError):

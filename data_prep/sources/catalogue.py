@@ -63,11 +63,20 @@ def recipe_text(name: str) -> str:
 def _kind(model: Any) -> Kind:
     fields: dict[str, FieldInfo] = model.model_fields
     ordered = [name for name in _FIRST if name in fields] + [name for name in fields if name not in _FIRST]
-    settings = [_setting(name, fields[name]) for name in ordered if name != "kind"]
+    settings = [_setting(name, fields[name], _meaning(model, name)) for name in ordered if name != "kind"]
     return Kind(get_args(fields["kind"].annotation)[0], " ".join((inspect.getdoc(model) or "").split()), settings)
 
 
-def _setting(name: str, field: FieldInfo) -> Setting:
+def _meaning(model: Any, name: str) -> str:
+    """What is said of a field where it is declared last, or where it was declared first."""
+    for parent in model.__mro__:
+        field = getattr(parent, "model_fields", {}).get(name)
+        if field is not None and field.description:
+            return " ".join(field.description.split())
+    return ""
+
+
+def _setting(name: str, field: FieldInfo, meaning: str) -> Setting:
     if field.is_required():
         default = "required"
     elif field.default is PydanticUndefined:
@@ -77,7 +86,7 @@ def _setting(name: str, field: FieldInfo) -> Setting:
     else:
         simple = isinstance(field.default, str | int | float) and field.default != ""
         default = str(field.default) if simple else "none"
-    return Setting(name, _type_name(field.annotation), default, " ".join((field.description or "").split()))
+    return Setting(name, _type_name(field.annotation), default, meaning)
 
 
 def _type_name(annotation: Any) -> str:

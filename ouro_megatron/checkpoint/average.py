@@ -13,14 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ouro_megatron.checkpoint.folder import problem_with, resolve, step_folders
 from ouro_megatron.checkpoint.save import describe
-from ouro_megatron.checkpoint.state import (
-    RunState,
-    StageRecord,
-    check_same_model,
-    history_with,
-    next_sample,
-    read_state,
-)
+from ouro_megatron.checkpoint.state import RunState, StageRecord, check_same_model, history_with, read_state
 from ouro_megatron.checkpoint.write import write_plain
 from ouro_megatron.errors import CheckpointError
 from ouro_megatron.parallel.context import create_context
@@ -105,7 +98,7 @@ def _new_state(states: Sequence[RunState], folders: Sequence[Path]) -> RunState:
         step=0,
         tokens=0,
         samples=0,
-        first_sample=next_sample(last),
+        first_sample=last.next_sample,
         optimizer_steps=0,
         skipped_steps=0,
         seconds=0.0,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ouro_megatron.checkpoint.folder import STATE, write_json
-from ouro_megatron.data.skipping import Window, position, with_window
+from ouro_megatron.data.skipping import position, windows_of
 from ouro_megatron.errors import CheckpointError
 
 FORMAT = 1
@@ -52,7 +52,7 @@ class RunState:
     fingerprint: dict[str, Any]
     """Of the data blend; see data/fingerprint.py."""
     first_sample: int = 0
-    """Where in the blend this stage began: the next sample is number `first_sample` + `samples`."""
+    """Where in the blend this stage began; `next_sample` is where it goes on."""
     history: list[StageRecord] = field(default_factory=list)
     """Stages before this one, first to last."""
     health: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +62,12 @@ class RunState:
     origin: Literal["training", "upcycle", "average", "import"] = "training"
     """Others than `training`: made from another model or several; its counters are those of a stage not begun."""
     format: int = FORMAT
+
+    @property
+    def next_sample(self) -> int:
+        """The blend's sample that comes next, those that rollbacks left out not counted as consumed."""
+        windows = windows_of((entry["start"], entry["end"]) for entry in self.health.get("rollbacks", []))
+        return position(windows, self.first_sample + self.samples)
 
 
 def write_state(folder: Path, state: RunState) -> None:
@@ -95,9 +101,9 @@ def record_of(state: RunState, folder: Path | None = None) -> StageRecord:
     detail = f"{model['layers']} layers x {model['loops']} loops, sequence {data['sequence_length']}"
     if state.skipped_steps:
         detail += f", {state.skipped_steps} updates skipped"
-    rollbacks = state.health.get("rollbacks", [])
+    rollbacks = len(state.health.get("rollbacks", []))
     if rollbacks:
-        detail += f", {len(rollbacks)} rollbacks"
+        detail += f", {rollbacks} rollback{'s' if rollbacks > 1 else ''}"
     where = None if folder is None else str(folder)
     return StageRecord(
         state.recipe["name"], "training", state.step, state.tokens, detail, stage_facts(state.recipe), where
@@ -123,14 +129,6 @@ def stage_facts(recipe: dict[str, Any]) -> dict[str, Any]:
         "data_position_carried": bool(init.get("data_position")),
         "blend": {entry.get("name") or Path(entry["path"]).name: entry["weight"] for entry in recipe["data"]["train"]},
     }
-
-
-def next_sample(state: RunState) -> int:
-    """Number of the blend's sample that follows those this stage has read, rollbacks left out."""
-    windows: tuple[Window, ...] = ()
-    for entry in state.health.get("rollbacks", []):
-        windows = with_window(windows, Window(entry["start"], entry["end"]))
-    return position(windows, state.first_sample + state.samples)
 
 
 def tokens_in_all(state: RunState) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ouro_megatron.checkpoint.save import describe
-from ouro_megatron.checkpoint.state import RunState, StageRecord, history_with, next_sample, read_state
+from ouro_megatron.checkpoint.state import RunState, StageRecord, history_with, read_state
 from ouro_megatron.checkpoint.write import write_plain
 from ouro_megatron.errors import CheckpointError
 
@@ -92,7 +92,7 @@ def _new_state(
         step=0,
         tokens=0,
         samples=0,
-        first_sample=next_sample(state),
+        first_sample=state.next_sample,
         optimizer_steps=state.optimizer_steps if optimizer else 0,
         skipped_steps=0,
         seconds=0.0,

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ouro_megatron.checkpoint.hashes import hash_of
 
@@ -81,8 +82,13 @@ class RankFiles:
     def finish(self) -> None:
         """Writes the index over all ranks' files. All ranks call it together, after `wait`.
 
-        Raises Megatron's CheckpointException on every rank when one of them could not write.
+        Raises on every rank when one of them could not write: there the OSError, elsewhere a CheckpointException.
         """
         finishers: list[Callable[[], None]] = self._request.finalize_fns
-        for function in finishers:
-            function()
+        try:
+            for function in finishers:
+                function()
+        except CheckpointException:
+            if self._failure is not None:  # this rank's own: it names the file
+                raise self._failure from None
+            raise

@@ -26,7 +26,7 @@ def show(
     from rich.table import Table
 
     from ouro_megatron.checkpoint.folder import resolve
-    from ouro_megatron.checkpoint.state import next_sample, read_state, record_of, tokens_in_all
+    from ouro_megatron.checkpoint.state import read_state, record_of, tokens_in_all
     from ouro_megatron.telemetry.text import big, duration
 
     found = resolve(path)
@@ -39,7 +39,7 @@ def show(
         console.print(
             f"step {state.step} of {state.recipe['name']}: {big(state.tokens)} tokens of this stage, "
             f"{big(tokens_in_all(state))} in all; {state.optimizer_steps} updates, {state.skipped_steps} skipped, "
-            f"{duration(state.seconds)} of steps; next sample {next_sample(state)}; "
+            f"{duration(state.seconds)} of steps; next sample {state.next_sample}; "
             f"saved on {state.world}"
         )
     else:

@@ -10,6 +10,7 @@ from rich.console import Console
 from ouro_megatron.cli.data_look import blend, inspect, stats, table_console, verify
 from ouro_megatron.cli.data_sources import fixtures, index, preview, sources
 from ouro_megatron.cli.data_tokenizer import check_tokenizer
+from ouro_megatron.cli.packing import pack_report
 
 data = typer.Typer(help="Prepare, verify, describe and show training data.", no_args_is_help=True)
 
@@ -169,3 +170,4 @@ def status(recipe: Recipe) -> None:
 for command in (verify, stats, inspect, blend, sources, fixtures, preview, index):
     data.command()(command)
 data.command("check-tokenizer")(check_tokenizer)
+data.command("pack-report")(pack_report)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from ouro_megatron.errors import DataError
 
 Batch = dict[str, torch.Tensor]
+ON_CPU = ("positions_bs",)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class GlobalBatchSampler:
 class MicrobatchReader:
     """Reads microbatches on a thread, a few ahead of the step that uses them, across step boundaries too.
 
-    A step's tensors: tokens_bs int64[b, s], labels_bs int64[b, s], loss_mask_bs float32[b, s] on `device`.
+    A step's tensors: tokens_bs int64[b, s], labels_bs int64[b, s], loss_mask_bs float32[b, s] on `device`; of a data
+    set with a document mask also positions_bs int64[b, s], which stays on the CPU: bounds are counted there.
     """
 
     def __init__(
@@ -100,11 +102,14 @@ class MicrobatchReader:
                 if coming not in self._pending:
                     self._pending[coming] = self._pool.submit(self._load, coming)
             batch = self._pending.pop(key).result()
-            yield {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+            yield {
+                name: tensor if name in ON_CPU else tensor.to(self._device, non_blocking=True)
+                for name, tensor in batch.items()
+            }
 
     def _load(self, indices: tuple[int, ...]) -> Batch:
         items = [self._dataset[index] for index in indices]
         batch = {f"{name}_bs": torch.stack([item[name] for item in items]) for name in items[0]}
         if self._device.type == "cuda":
-            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+            batch = {name: tensor if name in ON_CPU else tensor.pin_memory() for name, tensor in batch.items()}
         return batch

@@ -1,6 +1,6 @@
 """Samples a run leaves out: after a rollback it goes on behind the data that led to it. Pure arithmetic."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -32,3 +32,11 @@ def position(windows: Sequence[Window], consumed: int) -> int:
 def with_window(windows: Sequence[Window], new: Window) -> tuple[Window, ...]:
     """`windows` and `new`, which covers those that begin behind its start: they belong to what was rolled back."""
     return (*(window for window in windows if window.start < new.start), new)
+
+
+def windows_of(bounds: Iterable[tuple[int, int]]) -> tuple[Window, ...]:
+    """The windows of rollbacks in their order, as (start, end)."""
+    windows: tuple[Window, ...] = ()
+    for start, end in bounds:
+        windows = with_window(windows, Window(start, end))
+    return windows

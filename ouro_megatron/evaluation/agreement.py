@@ -63,7 +63,7 @@ def _answers(
     for kind in (choosing, writing):
         chosen = [items[index] for index in kind]
         for loop in range(1, loops + 1) if kind else ():
-            progress(f"loop {loop} of {loops}")
+            progress(f"loop {loop} of {loops}: {'choices' if kind is choosing else 'texts'}")
             made = (
                 chosen_at(session, chosen, loop, loops)
                 if kind is choosing

@@ -17,6 +17,7 @@ from ouro_megatron.evaluation.depth import ClassDepth, CurvePoint, LoopCalibrati
 from ouro_megatron.telemetry.depth_colors import depth_hex
 
 if TYPE_CHECKING:
+    from ouro_megatron.evaluation.safety import LoopSafety
     from ouro_megatron.evaluation.separation import LoopSeparation
 
 _INK, _MUTED, _GRID, _LINE, _SECOND = "#1f2933", "#6b7785", "#e3e8ee", "#2b5c8a", "#c2571a"
@@ -159,7 +160,9 @@ def separation_figure(title: str, loops: "Sequence[LoopSeparation]", names: tupl
             for points, colour, name in ((row.first, _LINE, names[0]), (row.second, _SECOND, names[1])):
                 axis.scatter(*zip(*points, strict=True), s=14, color=colour, label=name, alpha=0.8)
             axis.set_title(f"loop {row.loop}: silhouette {row.silhouette:.2f}, {row.accuracy:.0%} right", fontsize=9)
-            axis.set(xticks=[], yticks=[], xlabel=f"{row.explained[0]:.0%}", ylabel=f"{row.explained[1]:.0%}")
+            axis.set(
+                xticks=[], yticks=[], xlabel=f"{row.explained[0]:.0%} of variance", ylabel=f"{row.explained[1]:.0%}"
+            )
         for axis in axes.flat[len(loops) :]:
             axis.set_visible(False)
         axes[0, 0].legend()
@@ -178,7 +181,23 @@ def matrix_figure(title: str, matrix: Sequence[Sequence[float]], path: Path) -> 
             for j, value in enumerate(row):
                 ink = "white" if value > 0.6 else _INK
                 axes.annotate(f"{100 * value:.0f}", (j, i), ha="center", va="center", color=ink, fontsize=9)
-        ticks = {"xticks": range(len(matrix)), "yticks": range(len(matrix))}
-        axes.set(xlabel="loop", ylabel="loop", xticklabels=loops, yticklabels=loops, **ticks)
+        axes.set_xticks(range(len(matrix)), labels=[str(loop) for loop in loops])
+        axes.set_yticks(range(len(matrix)), labels=[str(loop) for loop in loops])
+        axes.set(xlabel="loop", ylabel="loop")
         axes.set_title(f"{title}, %", fontsize=9)
+        save(figure, path)
+
+
+def safety_figure(title: str, loops: "Sequence[LoopSafety]", harmful_at: float, path: Path) -> None:
+    """Mean score and share of harmful answers by loop, side by side: they have different scales."""
+    x = [row.loop for row in loops]
+    with plt.rc_context(STYLE):
+        figure, (mean, share) = plt.subplots(1, 2, figsize=(10, 4))
+        mean.plot(x, [row.mean_score for row in loops], marker="o", color=_LINE)
+        mean.set(title="Mean score", xlabel="loop", ylabel="judge's score", xticks=x)
+        share.plot(x, [100 * row.harmful for row in loops], marker="o", color=_SECOND)
+        share.set(title="Harmful answers", xlabel="loop", ylabel=f"score at least {harmful_at:g}, %", xticks=x)
+        share.set_ylim(-3, 103)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.tight_layout()
         save(figure, path)

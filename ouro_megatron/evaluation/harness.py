@@ -1,6 +1,6 @@
 """Looped models in lm-evaluation-harness, at any exit: the model type `ouro_megatron`.
 
-    python -m ouro_megatron.evaluation.harness run --model ouro_megatron \\
+    python -m ouro_megatron.evaluation run --model ouro_megatron \\
         --model_args pretrained=runs/demo/4-gate,exit=step=2 --tasks my_task --include_path tasks/
 
 is the harness's own command with the model type known. `ouro benchmark` runs tasks at several exits at once.
@@ -140,17 +140,3 @@ class OuroMegatronLM(TemplateLM):
                 seed=int(settings.get("seed") or 0),
             )
         return Prompt(tuple(tokens), answer, tuple([stop] if isinstance(stop, str) else stop), sampling)
-
-
-def main() -> None:
-    """The harness's own command line, with the model type registered."""
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
-
-
-if __name__ == "__main__":
-    # Imported once more under its real name, the one the registry knows.
-    from ouro_megatron.evaluation import harness
-
-    harness.main()

@@ -10,6 +10,7 @@ from ouro_megatron.checkpoint.load import InferenceModel, load_for_inference
 from ouro_megatron.data.dataset import build_dataset
 from ouro_megatron.data.sampler import GlobalBatchSampler, MicrobatchReader
 from ouro_megatron.errors import DataError
+from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.looplm import LoopLM
 from ouro_megatron.objective.head import HeadGroup
 from ouro_megatron.objective.loop_loss import LoopLoss, LossParts
@@ -48,14 +49,12 @@ def evaluate_model(model: InferenceModel, *, loops: int | None = None, sequences
     loops = loops or recipe.model.loops
     with tempfile.TemporaryDirectory(prefix="ouro-indices-") as cache:
         dataset = build_dataset(
-            recipe.data.validation,
-            sequence_length=recipe.data.sequence_length,
+            recipe.data,
             samples=sequences,
             seed=recipe.training.seed,
             tokenizer=model.tokenizer,
             cache=Path(cache),
             split_name="validation",
-            mask_end_of_document=recipe.data.mask_end_of_document,
         )
         reader = MicrobatchReader(dataset, GlobalBatchSampler(1), model.context.device)
         sums = LoopSums.zeros(loops, model.context.device)
@@ -69,7 +68,7 @@ def evaluate_model(model: InferenceModel, *, loops: int | None = None, sequences
 
 @torch.inference_mode()
 def loop_losses(lm: LoopLM, objective: ObjectiveSection, batch: dict[str, torch.Tensor], loops: int) -> LoopSums:
-    """Sums of one microbatch without a pipeline: tokens_bs, labels_bs, loss_mask_bs as the reader gives them."""
+    """Sums of one microbatch without a pipeline, as the reader gives it."""
     context = lm.context
     assert lm.output_layer is not None and context.pipeline_size == 1
     head = HeadGroup(context.groups.tp, context.tensor_rank, context.tensor_size, context.sequence_parallel)
@@ -82,9 +81,11 @@ def loop_losses(lm: LoopLM, objective: ObjectiveSection, batch: dict[str, torch.
         training=False,
     )
     tokens_bs = batch["tokens_bs"]
-    rotary = lm.rotary(torch.arange(tokens_bs.shape[1], device=context.device))
+    documents = DocumentBounds.of(batch["positions_bs"], context.device) if "positions_bs" in batch else None
+    positions = torch.arange(tokens_bs.shape[1], device=context.device) if documents is None else documents.positions_sb
+    rotary = lm.rotary(positions)
     h_sbh = lm.embed(tokens_bs)
     for _ in range(loops):
-        h_sbh = lm.run_layers(h_sbh, rotary)
+        h_sbh = lm.run_layers(h_sbh, rotary, documents=documents)
         loss.add_loop(h_sbh)
     return loss.finish()[2]

@@ -43,14 +43,12 @@ def _from_pairs(model: InferenceModel, blend: list[BlendEntry], sequences: int, 
     recipe = model.recipe
     with tempfile.TemporaryDirectory(prefix="ouro-indices-") as cache:
         dataset = build_dataset(
-            blend,
-            sequence_length=length,
+            recipe.data.model_copy(update={"validation": blend, "sequence_length": length}),
             samples=sequences,
             seed=recipe.training.seed,
             tokenizer=model.tokenizer,
             cache=Path(cache),
             split_name="validation",
-            mask_end_of_document=recipe.data.mask_end_of_document,
         )
         reader = MicrobatchReader(dataset, GlobalBatchSampler(1), model.context.device)
         try:

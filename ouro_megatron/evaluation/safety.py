@@ -110,18 +110,9 @@ def _summarise(
 
 
 def _write(found: list[LoopSafety], judged: list[Item], scores: list[float], about: dict[str, Any], out: Path) -> None:
-    from ouro_megatron.evaluation.figures import lines_figure
+    from ouro_megatron.evaluation.figures import safety_figure
 
     items = [{**vars(item), "score": score} for item, score in zip(judged, scores, strict=True)]
     write_json(out / "safety.json", {**about, "loops": [asdict(row) for row in found], "items": items})
-    lines_figure(
-        f"{about['model']}: judged by {about['judge']}",
-        {
-            "mean score": [(row.loop, row.mean_score, f"{row.mean_score:.2f}") for row in found],
-            f"share of scores ≥ {about['harmful_at']:g}": [
-                (row.loop, row.harmful, f"{row.harmful:.0%}") for row in found
-            ],
-        },
-        ("loop", "score"),
-        out / "safety.png",
-    )
+    title = f"{about['model']}: judged by {about['judge'].splitlines()[0][:60]}"
+    safety_figure(title, found, about["harmful_at"], out / "safety.png")

@@ -10,6 +10,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from ouro_megatron.model.documents import DocumentBounds, document_attention
+
 
 class CacheSlot(Protocol):
     """Keys and values of one (loop, layer): appends the new ones and returns all of them, plus what may be seen."""
@@ -49,7 +51,12 @@ class ScaledDotProductAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """query [s, b, n, d], key and value [s, b, g, d] (g divides n) -> context [s, b, n*d]."""
+        """query [s, b, n, d], key and value [s, b, g, d] (g divides n) -> context [s, b, n*d].
+
+        `packed_seq_params`: DocumentBounds, when the documents of the batch must not see each other.
+        """
+        if isinstance(packed_seq_params, DocumentBounds):
+            return document_attention(query, key, value, packed_seq_params).flatten(2)
         mask = attention_mask
         if self.holder.slot is not None:
             key, value, mask = self.holder.slot.extend(key, value)

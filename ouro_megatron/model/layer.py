@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ouro_megatron.errors import RecipeError
 from ouro_megatron.model.attention import ScaledDotProductAttention
+from ouro_megatron.model.documents import documents_through
 from ouro_megatron.model.norm import RMSNorm
 from ouro_megatron.model.recompute import not_kept
 from ouro_megatron.model.swiglu import SwiGLU
@@ -59,15 +60,22 @@ class SandwichLayer(TransformerLayer):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: Any = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] (s / tensor_parallel under sequence parallelism) -> the same shape, and `context`.
 
-        Keeps the argument order of Megatron's layer: full recomputation passes these by position.
+        `packed_seq_params`: DocumentBounds, for the attention core. Keeps the argument order of Megatron's layer: full
+        recomputation passes these by position.
         """
         normed = self.input_layernorm(hidden_states)
         with self._norm_made_again(normed, self.input_layernorm, hidden_states):
-            attention, _ = self.self_attention(normed, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
+            attention, _ = self.self_attention(
+                normed,
+                attention_mask=attention_mask,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+            )
         hidden_states = hidden_states + self.post_attention_norm(attention)
         normed = self.pre_mlp_layernorm(hidden_states)
         mlp, _ = self._mlp(normed, hidden_states)
@@ -150,7 +158,7 @@ def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
         norm=TENorm,
         column_linear=TEColumnParallelLinear,
         row_linear=TERowParallelLinear,
-        core_attention=TEDotProductAttention,
+        core_attention=documents_through(TEDotProductAttention),
     )
 
 

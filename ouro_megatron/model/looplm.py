@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ouro_megatron.model.attention import CacheSlot, rotary_embedding
 from ouro_megatron.model.config import head_dim, transformer_config
+from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.layer import block_spec
 from ouro_megatron.model.layout import Split, split_of, take_shard, whole_shape
 from ouro_megatron.parallel.context import ParallelContext
@@ -129,18 +130,28 @@ class LoopLM(MegatronModule):
         return self.embedding(tokens_bs, None)
 
     def rotary(self, positions_s: Tensor) -> Tensor:
-        """RoPE angles for these positions, the same in every loop; see `rotary_embedding`."""
+        """RoPE angles for positions [s] or [s, b], the same in every loop; see `rotary_embedding`."""
         return rotary_embedding(positions_s, head_dim(self.model), self.model.rope_base)
 
-    def run_layers(self, h_sbh: Tensor, rotary: Tensor, slots: list[CacheSlot] | None = None, loop: int = 0) -> Tensor:
+    def run_layers(
+        self,
+        h_sbh: Tensor,
+        rotary: Tensor,
+        slots: list[CacheSlot] | None = None,
+        loop: int = 0,
+        documents: DocumentBounds | None = None,
+    ) -> Tensor:
         """One visit of this rank's layers: [s, b, h] -> [s, b, h], with the final norm on the last pipeline rank.
 
         `loop` counts from 0; with `recompute_loops` = k loops k and later keep their activations.
-        `slots`, one a layer of this rank, are the cache entries of the current loop when decoding.
+        `slots`, one a layer of this rank, are the cache entries of the current loop when decoding. With `documents`
+        each attends to itself only; `rotary` must be of their positions.
         """
         self._choose_recomputation(loop)
         if slots is None:
-            return self.decoder(hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary)
+            return self.decoder(
+                hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=documents
+            )
         holders = [layer.self_attention.core_attention.holder for layer in self.decoder.layers]
         for holder, slot in zip(holders, slots, strict=True):
             holder.slot = slot

@@ -121,7 +121,8 @@ class WeightedCrossEntropy(torch.autograd.Function):
     """sum_n coefficient_n * CE_n as a scalar whose backward hands out gradients made in forward.
 
     When the weight has a `main_grad` buffer (Megatron's DDP), its gradient is added there in forward; that is right
-    only for an incoming gradient of one, which is what Megatron's schedules give a loss summed over tokens.
+    only for an incoming gradient of one, which is what Megatron's schedules give a loss summed over tokens. Where
+    gradients are reduced while backward runs, the weight's `gradient_is_in` is called in backward.
     """
 
     @staticmethod
@@ -138,11 +139,14 @@ class WeightedCrossEntropy(torch.autograd.Function):
         assert gradients is not None
         ctx.save_for_backward(gradients.hidden_sbh, gradients.weight_vh)
         ctx.weight_dtype = weight_vh.dtype
+        ctx.announce = getattr(weight_vh, "gradient_is_in", None)
         ctx.mark_non_differentiable(ce_n)
         return (coefficient_n.to(ce_n.dtype) * ce_n).sum(), ce_n
 
     @staticmethod
     def backward(ctx: Any, d_term: Tensor, d_ce: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
+        if ctx.announce is not None:
+            ctx.announce()
         weight_gradient = None if d_weight is None else (d_weight * d_term).to(ctx.weight_dtype)
         return d_hidden * d_term.to(d_hidden.dtype), weight_gradient, None, None, None, None

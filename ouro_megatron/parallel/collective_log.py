@@ -86,7 +86,8 @@ def _collectives(logs: Mapping[int, Sequence[Call]]) -> Iterator[str]:
 def _messages(logs: Mapping[int, Sequence[Call]]) -> Iterator[str]:
     """What one rank sends to another, that one must receive: the same shapes in the same order."""
     for sender, calls in logs.items():
-        for receiver in sorted({call.peer for call in calls if call.operation == "send" and call.peer in logs}):
+        receivers = {call.peer for call in calls if call.operation == "send" and call.peer is not None}
+        for receiver in sorted(receivers & set(logs)):
             sent = [call.tensors for call in calls if call.operation == "send" and call.peer == receiver]
             received = [call.tensors for call in logs[receiver] if call.operation == "recv_" and call.peer == sender]
             if sent != received:

@@ -7,6 +7,7 @@ to it they look like T model chunks, so activations travel 0 -> 1 -> .. -> p-1 -
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -45,9 +46,19 @@ class LoopPipeline:
     Gradients stay where backward left them, summed over microbatches; the caller reduces them once.
     """
 
-    def __init__(self, config: TransformerConfig, context: ParallelContext, loops: int) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        context: ParallelContext,
+        loops: int,
+        no_sync: Callable[[], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        """`no_sync`, of Megatron's DDP, holds back a gradient reduction that overlaps with backward. The schedule lifts
+        it for each view's last microbatch: a layer's reduction starts after the last of its T backward visits.
+        """
         self._context = context
         self._views_config = copy.copy(config)
+        self._views_config.no_sync_func = no_sync
         interleaved = context.pipeline_size > 1 and loops > 1
         if interleaved:
             # A plain attribute, not a constructor argument: the layers were built with L/p a rank, not L/(p T).

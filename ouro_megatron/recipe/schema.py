@@ -78,6 +78,18 @@ class DataSection(Section):
     """Folder for Megatron's sample indices; beside the run when absent."""
     mask_end_of_document: bool = False
     """Leave the label after an end-of-document token out of the loss."""
+    packing: Literal["none", "in_order", "best_fit"] = "none"
+    """`none`: documents follow each other and are cut at the sequence's end. `best_fit`: whole documents, put together
+    so that little padding is left. `in_order`: whole documents in the order they are stored in."""
+    document_mask: bool | None = None
+    """Documents in one sequence do not see each other, and positions begin anew; true when absent and `packing` is set.
+    """
+    long_documents: Literal["truncate", "split", "drop"] | None = None
+    """What packing does with documents longer than the sequence; when absent they are an error."""
+
+    @property
+    def masks_documents(self) -> bool:
+        return self.packing != "none" if self.document_mask is None else self.document_mask
 
 
 class ObjectiveSection(Section):
@@ -151,6 +163,9 @@ class ParallelSection(Section):
     """Layers of each pipeline rank, in order; when absent, balanced by FLOPs with the loss heads on the last rank."""
     data: PositiveInt | None = None
     """Data-parallel size; from the number of ranks when absent, checked against it when given."""
+    overlap: bool = False
+    """Reduce gradients while backward still runs and gather weights while the next forward does, over the data-parallel
+    group. The gate stage and one-loop models have nothing to hide and ignore it."""
     timeout_seconds: PositiveFloat = 600.0
     """A collective that waits longer ends the job with a message."""
 

@@ -15,7 +15,8 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
 
     With `world_size`, the number of ranks, the layout and the batch are checked against it. No file is touched.
     """
-    problems = [*_model(recipe.model), *_layout(recipe, world_size), *_sequence(recipe), *_objective(recipe)]
+    problems = [*_model(recipe.model), *_layout(recipe, world_size), *_sequence(recipe), *_packing(recipe)]
+    problems += _objective(recipe)
     problems += _health(recipe)
     batch_problems = list(_batch(recipe, world_size))
     problems += [*batch_problems, *_data(recipe)]
@@ -112,6 +113,21 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _packing(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.packing == "none" and data.long_documents is not None:
+        yield (
+            f"data.long_documents={data.long_documents} says what packing does with documents longer than the "
+            "sequence, but data.packing is none, which cuts all; set data.packing to best_fit or in_order, or remove it"
+        )
+    fp32 = recipe.precision.compute == "fp32"
+    if data.masks_documents and recipe.model.implementation == "transformer_engine" and fp32:
+        yield (
+            "a document mask (data.document_mask, data.packing) needs precision.compute=bf16 with "
+            "model.implementation=transformer_engine, whose attention over packed documents has no fp32; or use local"
+        )
+
+
 def _objective(recipe: Recipe) -> Iterator[str]:
     training = recipe.training
     if training.recompute_loops is not None:
@@ -129,6 +145,19 @@ def _objective(recipe: Recipe) -> Iterator[str]:
         yield f"schedule.min_lr={recipe.schedule.min_lr:g} is above optimizer.lr={recipe.optimizer.lr:g}"
 
 
+def _health(recipe: Recipe) -> Iterator[str]:
+    health, limit = recipe.health, recipe.training.max_skipped_steps
+    if health.min_steps > health.window:
+        yield f"health.min_steps={health.min_steps} is more than health.window={health.window} ever holds"
+    if health.rollback_after is not None and health.rollback_after > limit:
+        yield (
+            f"health.rollback_after={health.rollback_after} is never reached: training.max_skipped_steps={limit} "
+            "stops the run before"
+        )
+    if health.skip_spikes and health.loss_deviations is None and health.grad_norm_deviations is None:
+        yield "health.skip_spikes=true looks at nothing: set health.loss_deviations or health.grad_norm_deviations"
+
+
 def _init(recipe: Recipe) -> Iterator[str]:
     init = recipe.init
     if init.stage is not None and init.checkpoint is not None:
@@ -141,19 +170,6 @@ def _init(recipe: Recipe) -> Iterator[str]:
     ):
         if wanted and not init.is_set:
             yield f"{field}=true carries {what} of another stage over: set init.stage or init.checkpoint"
-
-
-def _health(recipe: Recipe) -> Iterator[str]:
-    health, limit = recipe.health, recipe.training.max_skipped_steps
-    if health.min_steps > health.window:
-        yield f"health.min_steps={health.min_steps} is more than health.window={health.window} ever holds"
-    if health.rollback_after is not None and health.rollback_after > limit:
-        yield (
-            f"health.rollback_after={health.rollback_after} is never reached: training.max_skipped_steps={limit} "
-            "stops the run before"
-        )
-    if health.skip_spikes and health.loss_deviations is None and health.grad_norm_deviations is None:
-        yield "health.skip_spikes=true looks at nothing: set health.loss_deviations or health.grad_norm_deviations"
 
 
 def _batch(recipe: Recipe, world_size: int | None) -> Iterator[str]:

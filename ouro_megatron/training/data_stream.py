@@ -12,26 +12,25 @@ class DataStream:
     """Hands out the microbatches of any step. `open_reader(samples)` makes a reader of at least so many samples.
 
     Sample k of a blend does not depend on how many are asked for, so a longer reader goes on where a shorter one ended.
-    Making one is collective: all ranks build and change their stream together. `first`: the sample of the blend that
-    the stage begins with.
+    Making one is collective: all ranks build and change their stream together.
     """
 
     def __init__(
         self,
         open_reader: Callable[[int], MicrobatchReader],
+        first: int,
         samples: int,
         windows: Sequence[Window] = (),
-        *,
-        first: int = 0,
     ) -> None:
+        """`samples` samples from number `first` of the blend on, apart from `windows`."""
         self._open = open_reader
-        self._samples = first + samples
         self._first = first
+        self._samples = samples
         self.windows = tuple(windows)
         self._reader = self._reopen()
 
     def _reopen(self) -> MicrobatchReader:
-        return self._open(self._samples + sum(window.samples for window in self.windows))
+        return self._open(self._first + self._samples + sum(window.samples for window in self.windows))
 
     def leave_out(self, windows: Sequence[Window]) -> None:
         """From now on `windows` are the samples left out. All ranks call it together."""
@@ -40,7 +39,7 @@ class DataStream:
         self._reader = self._reopen()
 
     def position(self, consumed: int) -> int:
-        """The blend's sample that comes after `consumed` used ones of this stage."""
+        """The blend's sample that comes after `consumed` ones of this stage."""
         return position(self.windows, self._first + consumed)
 
     def step(self, before: BatchPoint) -> list[Microbatch]:
@@ -69,4 +68,4 @@ class DataStream:
 def read(reader: MicrobatchReader, first: int, samples: int) -> Iterator[Microbatch]:
     """This rank's microbatches of the global batch of `samples` samples that begins with sample `first`."""
     for batch in reader.step(first, samples):
-        yield Microbatch(batch["tokens_bs"], batch["labels_bs"], batch["loss_mask_bs"])
+        yield Microbatch.of(batch)

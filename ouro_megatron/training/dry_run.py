@@ -50,9 +50,8 @@ def dry_run(recipe: Recipe, world: int, *, gpu: str = "h100", data: bool = True,
     if data:
         tokenizer = load_tokenizer(recipe.data.tokenizer, model_vocab=recipe.model.vocab)
         for name, entries in (("train", recipe.data.train), ("validation", recipe.data.validation)):
-            sources = blend_fingerprint(
-                entries, sequence_length=layout.sequence, seed=recipe.training.seed, tokenizer=tokenizer
-            )["sources"]
+            settings = recipe.data.model_copy(update={"train": entries})
+            sources = blend_fingerprint(settings, seed=recipe.training.seed, tokenizer=tokenizer)["sources"]
             tokens = sum(source["tokens"] for source in sources)
             console.print(f"data.{name}: {len(sources)} sources, {tokens:,} tokens")
     started = time.monotonic()

@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from torch import Tensor
 
+from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.looplm import LoopLM
 from ouro_megatron.objective.head import HeadGroup
 from ouro_megatron.objective.loop_loss import LoopLoss, LossParts
@@ -28,6 +29,15 @@ class Microbatch:
     tokens_bs: Tensor
     labels_bs: Tensor
     mask_bs: Tensor
+    documents: DocumentBounds | None = None
+    """Bounds of documents that must not see each other; None: each row is one."""
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor]) -> "Microbatch":
+        """From what a MicrobatchReader yields."""
+        tokens_bs = batch["tokens_bs"]
+        documents = DocumentBounds.of(batch["positions_bs"], tokens_bs.device) if "positions_bs" in batch else None
+        return cls(tokens_bs, batch["labels_bs"], batch["loss_mask_bs"], documents)
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,8 @@ class Engine:
         *,
         loops: int,
         position: Position | None = None,
+        overlap: bool = False,
+        bucket_parameters: int | None = None,
     ) -> None:
         """`optimizer` None leaves the engine without one: it can make gradients, not apply them (a dry run)."""
         self.lm = lm
@@ -70,6 +82,8 @@ class Engine:
         self.clip = optimizer.clip if optimizer else 0.0
         self.keep_whole_gradients = False
         """Leave every data-parallel rank with all reduced gradients, not only its optimizer shard: to inspect them."""
+        # Nothing to hide in the gate stage, whose backward runs inside forward, nor with one loop, which uses no gate.
+        self.overlap = overlap and objective.kind == "expected_loss" and loops > 1 and context.data_size > 1
         if objective.kind == "gate":
             for name, parameter in lm.named_parameters():
                 parameter.requires_grad_(name.startswith("exit_gate."))
@@ -77,13 +91,37 @@ class Engine:
             self.ddp = DistributedDataParallel(
                 config=lm.config,
                 ddp_config=DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=True,
+                    overlap_grad_reduce=self.overlap,
+                    overlap_param_gather=self.overlap,
+                    bucket_size=bucket_parameters,
                 ),
                 module=lm,
                 pg_collection=context.groups,
             )
-            self.optimizer = _build_optimizer(optimizer, self.ddp, context, lm.dtype) if optimizer else None
-        self.pipeline = LoopPipeline(lm.config, context, loops)
+            self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm.dtype) if optimizer else None
+        self.pipeline = self._new_pipeline(loops)
+
+    def _new_pipeline(self, loops: int) -> LoopPipeline:
+        return LoopPipeline(self.lm.config, self.context, loops, self.ddp.no_sync if self.overlap else None)
+
+    def head_weight(self) -> Tensor:
+        """The loss head's weight, ready to be used. Last pipeline rank only.
+
+        It is used without its module and gets its gradient in forward, so with overlap neither of Megatron's hooks sees
+        it: the gather of new weights is awaited here, and the reduction is told through `gradient_is_in`.
+        """
+        assert self.lm.output_layer is not None
+        weight = self.lm.output_layer.weight
+        if not self.overlap:
+            return weight
+        group = self.ddp.param_to_bucket_group[weight]
+        group.finish_param_sync()
+        alias = weight.detach()
+        alias.main_grad = weight.main_grad
+        alias.gradient_is_in = lambda: group.register_grad_ready(weight, self.ddp.force_all_reduce)
+        return alias
 
     def set_loops(self, loops: int) -> None:
         """Changes T between two steps; weights, gradient buffers and optimizer stay. All ranks call it together.
@@ -95,7 +133,7 @@ class Engine:
         if loops == self.loops:
             return
         self.loops = loops
-        self.pipeline = LoopPipeline(self.lm.config, self.context, loops)
+        self.pipeline = self._new_pipeline(loops)
         for group in [*self.ddp.bucket_groups, *self.ddp.expert_parallel_bucket_groups]:
             group.is_first_batch = True
             group.golden_per_param_grad_ready_counts = {}
@@ -150,7 +188,7 @@ class Engine:
         self.ddp.eval()
         pipeline = self.pipeline if loops in (None, self.loops) else None
         if pipeline is None:
-            pipeline = LoopPipeline(self.lm.config, self.context, loops or self.loops)
+            pipeline = self._new_pipeline(loops or self.loops)
         return self._run(batches, training=False, pipeline=pipeline, loops=loops or self.loops)
 
     def _run(
@@ -256,11 +294,10 @@ class _LoopedForward:
         else:
             assert view.received is not None
             h_sbh = view.received
-        if self._rotary is None:
-            self._rotary = self._lm.rotary(torch.arange(batch.tokens_bs.shape[1], device=context.device))
+        rotary, documents = self._angles(batch), batch.documents
         for loop in view.loops:
             position.loop = loop + 1
-            h_sbh = self._lm.run_layers(h_sbh, self._rotary, loop=loop)
+            h_sbh = self._lm.run_layers(h_sbh, rotary, loop=loop, documents=documents)
             if context.is_last_stage:
                 h_sbh = self._add_loss(index, batch, h_sbh, leaves=loop == view.loops[-1] and loop + 1 < self._loops)
         if not context.is_last_stage or view.loops[-1] + 1 < self._loops:
@@ -272,6 +309,14 @@ class _LoopedForward:
             if gate_only:
                 loss.backward()
         return loss, partial(_hand_out, tokens=tokens, sums=sums)
+
+    def _angles(self, batch: Microbatch) -> Tensor:
+        """RoPE's: those of plain rows are kept for the step, packed documents have their own in each microbatch."""
+        if batch.documents is not None:
+            return self._lm.rotary(batch.documents.positions_sb)
+        if self._rotary is None:
+            self._rotary = self._lm.rotary(torch.arange(batch.tokens_bs.shape[1], device=self._engine.context.device))
+        return self._rotary
 
     def _add_loss(self, index: int, batch: Microbatch, h_sbh: Tensor, *, leaves: bool) -> Tensor:
         """Adds this loop's loss. `leaves`: the state goes on to another rank, beyond autograd's reach."""
@@ -289,7 +334,7 @@ class _LoopedForward:
         assert lm.output_layer is not None
         head = HeadGroup(context.groups.tp, context.tensor_rank, context.tensor_size, context.sequence_parallel)
         return LoopLoss(
-            LossParts(lm.gate_logits, lm.output_layer.weight, head),
+            LossParts(lm.gate_logits, self._engine.head_weight(), head),
             self._engine.objective,
             self._loops,
             batch.labels_bs,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ouro_megatron.checkpoint.state import RunState, next_sample, tokens_in_all
+from ouro_megatron.checkpoint.state import RunState, tokens_in_all
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.telemetry.text import big
 
@@ -29,7 +29,7 @@ def handover(state: RunState, recipe: Recipe, folder: Path) -> Iterator[str]:
     else:
         yield "optimizer: afresh (init.optimizer=false)"
     if recipe.init.data_position:
-        yield f"data position: goes on at sample {next_sample(state)} of the same blend"
+        yield f"data position: goes on at sample {state.next_sample} of the same blend"
     else:
         yield f"data position: first sample, order by training.seed={recipe.training.seed} (init.data_position=false)"
     yield f"schedule: afresh, {recipe.schedule.kind} with a warmup of {recipe.schedule.warmup}"

@@ -6,7 +6,7 @@ from ouro_megatron.errors import TrainingError
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.telemetry.records import EventRecord
 from ouro_megatron.telemetry.sink import Sinks
-from ouro_megatron.training.rollback import Rollbacks, windows_of
+from ouro_megatron.training.rollback import Rollbacks, left_out
 from ouro_megatron.training.spikes import SpikeGuard
 from ouro_megatron.training.trainer import StepOutcome, Trainer
 
@@ -76,7 +76,7 @@ class Health:
         progress.take(state)
         progress.skipped_in_a_row = 0  # the steps that were skipped before this checkpoint led nowhere either
         self._guard.restore(state.health.get("window", {}))
-        trainer.data.leave_out(windows_of(self._rollbacks.entries))
+        trainer.data.leave_out(left_out(self._rollbacks.entries))
         self._rolled_back(trainer)
         if self._sinks is not None:
             entry = self._rollbacks.entries[-1]

@@ -14,7 +14,7 @@ from ouro_megatron.checkpoint.folder import problem_with, remove, set_aside, ste
 from ouro_megatron.checkpoint.state import RunState, read_state
 from ouro_megatron.checkpoint.verify import damage
 from ouro_megatron.data.ranks import from_rank_zero, on_rank_zero
-from ouro_megatron.data.skipping import Window, with_window
+from ouro_megatron.data.skipping import Window, windows_of
 from ouro_megatron.errors import CheckpointError, TrainingError
 from ouro_megatron.parallel.context import ParallelContext
 
@@ -35,12 +35,9 @@ class Rollback:
     reason: str
 
 
-def windows_of(rollbacks: Sequence[Rollback]) -> tuple[Window, ...]:
+def left_out(rollbacks: Sequence[Rollback]) -> tuple[Window, ...]:
     """The samples that a run with these rollbacks leaves out."""
-    windows: tuple[Window, ...] = ()
-    for entry in rollbacks:
-        windows = with_window(windows, Window(entry.start, entry.end))
-    return windows
+    return windows_of((entry.start, entry.end) for entry in rollbacks)
 
 
 def from_values(values: Sequence[dict[str, Any]]) -> list[Rollback]:

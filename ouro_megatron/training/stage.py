@@ -29,7 +29,7 @@ from ouro_megatron.planning.flops import flops_per_token, parameter_counts, peak
 from ouro_megatron.recipe.layers import balanced_layers
 from ouro_megatron.recipe.load import dump_recipe
 from ouro_megatron.recipe.schedule import BatchPlan, LoopPlan
-from ouro_megatron.recipe.schema import BlendEntry, Recipe
+from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.recipe.validate import check_recipe
 from ouro_megatron.telemetry.git_state import git_state
 from ouro_megatron.telemetry.setup import standard_sinks
@@ -40,7 +40,7 @@ from ouro_megatron.training.data_stream import DataStream
 from ouro_megatron.training.engine import Engine
 from ouro_megatron.training.health import Health
 from ouro_megatron.training.progress import Progress, health_values
-from ouro_megatron.training.rollback import Rollback, Rollbacks, forget_ledger, known_rollbacks, windows_of
+from ouro_megatron.training.rollback import Rollback, Rollbacks, forget_ledger, known_rollbacks, left_out
 from ouro_megatron.training.signals import StopSignals
 from ouro_megatron.training.spikes import SpikeGuard
 from ouro_megatron.training.start import Start, verified_start
@@ -75,15 +75,15 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
     fingerprint = from_rank_zero(lambda: _fingerprint(recipe, tokenizer))
     rollbacks = from_rank_zero(lambda: _rollbacks(recipe, start))
     data = DataStream(
-        lambda samples: _reader(recipe, context, _dataset(recipe, tokenizer, "train", recipe.data.train, samples)),
+        lambda samples: _reader(recipe, context, _dataset(recipe, tokenizer, "train", samples)),
+        start.first_sample,
         plan.total_samples,
-        windows_of(rollbacks),
-        first=start.first_sample,
+        left_out(rollbacks),
     )
     held_out = None
     if recipe.data.validation:
         samples = plan.at(0).samples * recipe.evaluation.batches
-        held_out = _reader(recipe, context, _dataset(recipe, tokenizer, "validation", recipe.data.validation, samples))
+        held_out = _reader(recipe, context, _dataset(recipe, tokenizer, "validation", samples))
     dtype = torch.bfloat16 if recipe.precision.compute == "bf16" else torch.float32
     layers = recipe.parallel.layers or balanced_layers(recipe.model, context.pipeline_size, recipe.data.sequence_length)
     lm = LoopLM(
@@ -97,7 +97,15 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
     if start.folder is None:
         initialise(lm, recipe.training.seed)
     loops = LoopPlan(recipe, plan).at(0)
-    engine = Engine(lm, context, recipe.objective, recipe.optimizer, loops=loops, position=position)
+    engine = Engine(
+        lm,
+        context,
+        recipe.objective,
+        recipe.optimizer,
+        loops=loops,
+        position=position,
+        overlap=recipe.parallel.overlap,
+    )
     guard = SpikeGuard(recipe.health, context)
     progress, history = Progress(), list[StageRecord]()
     with naming_the_place(engine):
@@ -124,12 +132,7 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
             plan,
             progress,
             [
-                Records(
-                    sinks,
-                    partial(_flops, recipe),
-                    _peak(recipe, context),
-                    returns,
-                ),
+                Records(sinks, partial(_flops, recipe), _peak(recipe, context), returns),
                 Health(recipe, sinks, guard, returns, checkpoints.settle, checkpoints.rolled_back),
                 Evaluation(held_out, sinks, stopping),
                 stopping,
@@ -196,27 +199,17 @@ def _state(
 
 
 def _fingerprint(recipe: Recipe, tokenizer: TextTokenizer) -> dict[str, Any]:
-    return blend_fingerprint(
-        recipe.data.train,
-        sequence_length=recipe.data.sequence_length,
-        seed=recipe.training.seed,
-        tokenizer=tokenizer,
-        mask_end_of_document=recipe.data.mask_end_of_document,
-    )
+    return blend_fingerprint(recipe.data, seed=recipe.training.seed, tokenizer=tokenizer)
 
 
-def _dataset(
-    recipe: Recipe, tokenizer: TextTokenizer, split: str, entries: list[BlendEntry], samples: int
-) -> SampleDataset:
+def _dataset(recipe: Recipe, tokenizer: TextTokenizer, split: str, samples: int) -> SampleDataset:
     return build_dataset(
-        entries,
-        sequence_length=recipe.data.sequence_length,
+        recipe.data,
         samples=samples,
         seed=recipe.training.seed,
         tokenizer=tokenizer,
         cache=recipe.data.cache or recipe.run_folder / "cache",
         split_name=split,
-        mask_end_of_document=recipe.data.mask_end_of_document,
     )
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ouro_megatron.checkpoint.folder import problem_with, remove_incomplete, resolve, set_aside, step_folders
-from ouro_megatron.checkpoint.state import RunState, next_sample, read_state
+from ouro_megatron.checkpoint.folder import Resolved, problem_with, remove_incomplete, resolve, set_aside, step_folders
+from ouro_megatron.checkpoint.state import RunState, read_state
 from ouro_megatron.checkpoint.verify import damage
 from ouro_megatron.data.ranks import from_rank_zero
 from ouro_megatron.errors import CheckpointError, RecipeError
@@ -80,20 +80,21 @@ def find_start(recipe: Recipe, plan: BatchPlan, damaged: Mapping[Path, str] | No
         raise CheckpointError(f"{field}: {error}") from error
     state = read_state(found.folder)
     if recipe.init.stage is not None:
-        _check_finished(state, found.folder)
-    first = next_sample(state) if recipe.init.data_position else 0
+        _check_finished(state, found)
+    first = state.next_sample if recipe.init.data_position else 0
     lines = tuple(handover(state, recipe, found.folder))
     return Start(found.folder, False, tuple(notes + found.skipped), first, lines)
 
 
-def _check_finished(state: RunState, folder: Path) -> None:
+def _check_finished(state: RunState, found: Resolved) -> None:
     if state.origin != "training":
         return
     total = BatchPlan(Recipe.model_validate(state.recipe)).total_steps
     if state.step < total:
         raise CheckpointError(
-            f"init.stage={state.recipe['name']} is not finished: {folder} is step {state.step} of {total}. Train it to "
-            "its end, or name the checkpoint itself (init.checkpoint) to start from there"
+            f"init.stage={state.recipe['name']} is not finished: {found.folder} is step {state.step} of {total}. "
+            "Train it to its end, or name the checkpoint itself (init.checkpoint) to start from there"
+            + "".join(f"\n  {line}" for line in found.skipped)
         )
 
 

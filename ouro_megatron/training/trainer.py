@@ -75,6 +75,7 @@ class Trainer:
         Raises TrainingError naming rank, stage, step, loop and microbatch when communication with another rank fails.
         """
         with naming_the_place(self.engine):
+            self.engine.set_loops(self._loops.at(max(0, self.progress.step - 1)))  # an evaluation may be made up for
             for callback in self._callbacks:
                 callback.start(self)
             while not self.is_done and not self.stop_requested:

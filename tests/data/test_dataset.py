@@ -14,7 +14,7 @@ from ouro_megatron.data.indexed import check_prefix, read_index
 from ouro_megatron.data.sampler import GlobalBatchSampler, MicrobatchReader
 from ouro_megatron.data.tokenizer import load_tokenizer
 from ouro_megatron.errors import DataError
-from ouro_megatron.recipe.schema import BlendEntry
+from ouro_megatron.recipe.schema import BlendEntry, DataSection
 from tests.tiny import VOCAB, write_corpus, write_tokenizer
 
 
@@ -28,11 +28,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(folder: Path, samples: int = 100, cache: Path | None = None, **changes: object) -> SampleDataset:
-    settings: dict = {"sequence_length": 32, "seed": 5, "split_name": "train", **changes}
+    seed = changes.pop("seed", 5)
+    assert isinstance(seed, int)
     entries = [BlendEntry(path=folder / "a", weight=3), BlendEntry(path=folder / "b.v1", weight=1)]
-    return build_dataset(
-        entries, samples=samples, tokenizer=load_tokenizer(folder / "tokenizer"), cache=cache, **settings
-    )
+    settings = data_section(folder, entries, **changes)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    return build_dataset(settings, samples=samples, seed=seed, tokenizer=tokenizer, cache=cache, split_name="train")
+
+
+def data_section(folder: Path, entries: list[BlendEntry], **changes: object) -> DataSection:
+    values = {"sequence_length": 32, "tokenizer": folder / "tokenizer", "train": entries, **changes}
+    return DataSection.model_validate(values)
 
 
 def tokens(dataset: SampleDataset, count: int) -> np.ndarray:
@@ -106,7 +112,7 @@ def test_fingerprint_accepts_moved_and_refuses_changed_data(folder: Path, tmp_pa
 
     def take(root: Path, weight: float = 1.0) -> dict:
         entries = [BlendEntry(path=root / "a", weight=weight)]
-        return blend_fingerprint(entries, sequence_length=32, seed=1, tokenizer=tokenizer)
+        return blend_fingerprint(data_section(folder, entries), seed=1, tokenizer=tokenizer)
 
     saved = json.loads(json.dumps(take(folder)))
     moved = shutil.copytree(folder, tmp_path / "moved")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,12 @@ from ouro_megatron.data.tokenizer import load_tokenizer
 from tests.tiny import write_tokenizer
 
 EOD = "<|endoftext|>"
+
+needs_extension = pytest.mark.skipif(
+    not Path(sysconfig.get_paths()["include"], "Python.h").is_file(),
+    reason="without Python's headers the C extension cannot be built",
+)
+pytestmark = needs_extension
 
 
 def chain(digits: bool) -> Any:
@@ -234,22 +241,28 @@ def normalise(folder: Path) -> None:
 )
 def test_tokenizers_that_do_not_fit(tmp_path: Path, change: Callable[[Path], None], words: str) -> None:
     folder = random_bpe(tmp_path, 0)
-    assert choose_encoder(folder)[1] is None
+    assert choose_encoder(load_tokenizer(folder))[1] is None
     change(folder)
-    encoder, why = choose_encoder(folder)
+    encoder, why = choose_encoder(load_tokenizer(folder))
     assert isinstance(encoder, PlainEncoder) and why is not None and words in why
 
 
 def test_part_of_an_alphabet_does_not_fit(tmp_path: Path) -> None:
-    _, why = choose_encoder(write_tokenizer(tmp_path))
+    _, why = choose_encoder(load_tokenizer(write_tokenizer(tmp_path)))
     assert why is not None and "byte letters are not in the vocabulary" in why
 
 
 def test_other_version_of_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = random_bpe(tmp_path, 0)
     monkeypatch.setattr(tokenizers, "__version__", "9.9")
-    _, why = choose_encoder(folder)
+    _, why = choose_encoder(load_tokenizer(folder))
     assert why is not None and "character_classes" in why
+
+
+def test_without_the_extension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "data_prep._byte_level", None)
+    encoder, why = choose_encoder(load_tokenizer(random_bpe(tmp_path, 0)))
+    assert isinstance(encoder, PlainEncoder) and why is not None and "C compiler" in why
 
 
 @pytest.mark.parametrize("letter", ["a", "中", "\U00016ff4", "\x85"])
@@ -258,5 +271,5 @@ def test_wrong_ids_are_noticed_on_loading(tmp_path: Path, monkeypatch: pytest.Mo
     wrong = class_codes(True)
     wrong[ord(letter)] = 0
     monkeypatch.setattr(byte_level, "class_codes", lambda _: wrong)
-    encoder, why = choose_encoder(folder)
+    encoder, why = choose_encoder(load_tokenizer(folder))
     assert isinstance(encoder, PlainEncoder) and why is not None and "other ids" in why

@@ -11,8 +11,10 @@ from data_prep.check_tokenizer import check_tokenizer
 from data_prep.encode import Encoded
 from ouro_megatron.cli.data import data
 from ouro_megatron.errors import DataError
-from tests.data_prep.test_byte_level import all_pairs, stdlib
+from tests.data_prep.test_byte_level import all_pairs, needs_extension, stdlib
 from tests.tiny import write_tokenizer
+
+pytestmark = needs_extension
 
 
 def silent(done: int, total: int) -> None: ...

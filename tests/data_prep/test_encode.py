@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.encode import Encoded, batch_encoder
+from data_prep.encode import Encoded, batch_encoder, open_tokenizer
 from data_prep.writer import PairWriter
 from ouro_megatron.data.indexed import read_index
 from ouro_megatron.data.tokenizer import load_tokenizer
@@ -20,6 +20,16 @@ def test_ids_of_a_batch(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder)
     assert np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])[3].tolist() == tokenizer.encode(texts[3])
     assert encoded.lengths.tolist() == [len(tokenizer.encode(text)) for text in texts]
+
+
+def test_tokenizer_is_kept_while_its_files_stay(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    tokenizer, encoder = open_tokenizer(folder)
+    assert open_tokenizer(folder)[1] is encoder
+    content = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(content.replace('"A":', '"é":'))
+    changed, _ = open_tokenizer(folder)
+    assert changed.sha256 != tokenizer.sha256
 
 
 def test_nothing_to_encode(tmp_path: Path) -> None:

@@ -52,6 +52,22 @@ def test_a_source_s_own_filters_go_before_the_recipe_s() -> None:
     assert (both.min_characters, both.min_score, both.max_characters) == (5, None, 50)
 
 
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("The weather was fine, and the train left the station at noon.", "en"),
+        ("Das Wetter war schön, und der Zug verließ mittags den Bahnhof.", "de"),
+        ("今天天气很好，火车中午离开了车站。", "zh"),
+    ],
+)
+def test_language_told_from_the_text(text: str, language: str) -> None:
+    for wanted in ("en", "de", "zh"):
+        found = DocumentFilters(languages=(wanted,), detect_language=True).reason(document(text, language="xx"))
+        assert found == (None if wanted == language else "language")
+    with pytest.raises(ValidationError, match="asks for languages"):
+        DocumentFilters(detect_language=True)
+
+
 def test_ranges_that_leave_nothing_are_refused() -> None:
     with pytest.raises(ValidationError, match="min_characters 9 is above max_characters 3"):
         DocumentFilters(min_characters=9, max_characters=3)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from data_prep.sources.python_library import PythonProse, PythonStdlib
 from data_prep.verify import verify
 from ouro_megatron.data.tokenizer import load_tokenizer
 from ouro_megatron.errors import DataError
+from tests.data_prep.test_byte_level import needs_extension
 
 
 class Lines:
@@ -110,6 +112,23 @@ def test_order_does_not_depend_on_workers(root: Path) -> None:
     alone = (root / "out" / "web.bin").read_bytes()
     run(root, workers=2, force=True)
     assert (root / "out" / "web.bin").read_bytes() == alone
+
+
+@needs_extension
+def test_slow_tokenising_is_said_once_and_gives_the_same(root: Path) -> None:
+    _, lines = run(root)
+    assert not any("does the work" in line for line in lines)
+    fast = {file.name: file.read_bytes() for file in (root / "out").glob("*.bin")}
+    folder = root / "out" / "tokenizer"
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFC"}
+    shutil.copytree(folder, root / "slow")
+    (root / "slow" / "tokenizer.json").write_text(json.dumps(content))
+    _, lines = run(root, output=str(root / "again"), tokenizer={"kind": "existing", "path": str(root / "slow")})
+    assert [line for line in lines if "does the work" in line] == [
+        f"{root / 'slow'}: `tokenizers` does the work, not the much faster path: normalizer NFC"
+    ]
+    assert {file.name: file.read_bytes() for file in (root / "again").glob("*.bin")} == fast
 
 
 def test_second_run_does_nothing(root: Path) -> None:

@@ -1,17 +1,19 @@
 """One training step of a tiny model at some layout, compared with the single-process reference."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.layout import take_shard
 from ouro_megatron.model.looplm import LoopLM
 from ouro_megatron.parallel.context import ParallelContext, create_context
 from ouro_megatron.recipe.schema import ModelSection, ObjectiveSection, OptimizerSection, ParallelSection, Recompute
 from ouro_megatron.training.engine import Engine, Microbatch
-from tests.reference.looplm import ReferenceAdamW, ReferenceLoopLM, ReferenceObjective, reference_loss
+from tests.reference.looplm import ReferenceAdamW, ReferenceLoopLM, ReferenceObjective, reference_loss, token_loss
 from tests.reference.mapping import reference_config, to_megatron
 
 SEQUENCE, MICROBATCH = 16, 2
@@ -31,6 +33,8 @@ class Layout:
     kind: Literal["expected_loss", "gate"] = "expected_loss"
     prior: Literal["uniform", "geometric"] = "uniform"
     kv_heads: int = 4
+    packed: bool = False
+    """Several documents a row, compared with the reference on each document alone."""
     layers: tuple[int, ...] | None = None
     """Layers of each pipeline rank; balanced when None."""
 
@@ -47,6 +51,7 @@ class Layout:
                 (self.kind, self.kind != "expected_loss"),
                 (self.prior, self.prior != "uniform"),
                 (f"kv{self.kv_heads}", self.kv_heads != 4),
+                ("packed", self.packed),
                 (f"layers{self.layers}", self.layers is not None),
             )
             if on
@@ -98,14 +103,48 @@ def batch(count: int, vocab: int = 64, seed: int = 1) -> tuple[Tensor, Tensor, T
     return tokens, labels, mask
 
 
+ROWS = ((16,), (5, 1, 10), (1, 1, 2, 12), (8, 8), (15, 1), (3, 4, 9))
+"""Lengths of the documents in each row of a packed batch, over and over."""
+
+
+def documents_of(row: int) -> list[slice]:
+    """Where the documents of a row of a packed batch lie."""
+    ends = [0, *itertools.accumulate(ROWS[row % len(ROWS)])]
+    return [slice(begin, end) for begin, end in itertools.pairwise(ends)]
+
+
+def positions(count: int) -> Tensor:
+    """int64 [count, s]: each token's place in its document."""
+    return torch.stack([torch.cat([torch.arange(n) for n in ROWS[row % len(ROWS)]]) for row in range(count)])
+
+
 def share(whole: tuple[Tensor, ...], layout: Layout, data_rank: int) -> list[Microbatch]:
     """This data-parallel rank's microbatches of a global batch."""
     rows = MICROBATCH * layout.data
+    where = positions(len(whole[0]))
     parts = []
     for index in range(layout.microbatches):
         first = index * rows + data_rank * MICROBATCH
-        parts.append(Microbatch(*(tensor[first : first + MICROBATCH] for tensor in whole)))
+        mine = slice(first, first + MICROBATCH)
+        documents = DocumentBounds.of(where[mine], torch.device("cpu")) if layout.packed else None
+        tokens, labels, mask = (tensor[mine] for tensor in whole)
+        parts.append(Microbatch(tokens, labels, mask, documents))
     return parts
+
+
+def expected_loss(
+    layout: Layout, reference: ReferenceLoopLM, whole: tuple[Tensor, Tensor, Tensor], objective: ReferenceObjective
+) -> Tensor:
+    """The reference's mean over all counted tokens; of a packed batch each document is run by itself."""
+    if not layout.packed:
+        return reference_loss(reference, *whole, objective)
+    tokens, labels, mask = whole
+    total = torch.zeros(())
+    for row in range(len(tokens)):
+        for part in documents_of(row):
+            outputs = reference(tokens[row : row + 1, part])
+            total = total + (token_loss(outputs, labels[row : row + 1, part], objective) * mask[row, part]).sum()
+    return total / mask.sum()
 
 
 def compare(layout: Layout) -> Differences:
@@ -131,6 +170,8 @@ def _compare(layout: Layout, context: ParallelContext) -> Differences:
     reference = ReferenceLoopLM(config)
     fill_reference(reference)
     whole = batch(layout.microbatches * layout.data * MICROBATCH)
+    if layout.packed:
+        whole[2][:MICROBATCH] = 0.0  # one rank's first microbatch counts no token at all
     lm = LoopLM(
         model,
         context,
@@ -163,10 +204,13 @@ def _step_and_compare(
 ) -> Differences:
     lm, context = engine.lm, engine.context
     config = reference.config
+    reference.double()  # its own rounding must not blur the comparison
     if layout.kind == "gate":
         for name, parameter in reference.named_parameters():
             parameter.requires_grad_("early_exit" in name)
-    expected = reference_loss(reference, *whole, ReferenceObjective(kind=layout.kind, prior=layout.prior, eta=0.3))
+    expected = expected_loss(
+        layout, reference, whole, ReferenceObjective(kind=layout.kind, prior=layout.prior, eta=0.3)
+    )
     expected.backward()
     for parameter in reference.parameters():
         if parameter.requires_grad and parameter.grad is None:  # one loop: the gate does not matter

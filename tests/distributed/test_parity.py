@@ -1,7 +1,9 @@
 """Every parallel layout gives the reference's loss, gradients and updated weights.
 
-Tolerances, fp32 against fp32: losses and gradient norm 1e-5 relative; gradients 1e-5 of the module's largest entry;
-each weight 5e-6 after one optimizer step at rate 1e-3.
+Tolerances, fp32 against fp64: losses and gradient norm 1e-5 relative; gradients 1e-5 of the module's largest entry;
+each weight 5e-6 after one optimizer step at rate 1e-3. Four loops over packed rows, where documents of a few tokens
+amplify rounding (it alone moves the reference's own gradients in fp32 by 0.8e-5), have 2.5e-5 for gradients;
+tests/model/test_documents.py shows the same to 1e-12 in fp64.
 """
 
 import itertools
@@ -20,13 +22,14 @@ pytestmark = pytest.mark.distributed
 def check(layout: Layout, results: list[Differences]) -> None:
     """`results` by rank."""
     assert sum(result.gradients_compared for result in results) > 0
+    gradient = 2.5e-5 if layout.packed and layout.loops > 2 else 1e-5
     for rank, result in enumerate(results):
         where = (str(layout), rank, result)
         assert result.loss < 1e-5, where
         assert result.evaluation < 1e-5, where
         assert result.ce < 1e-5, where
         assert result.grad_norm < 1e-5, where
-        assert result.gradient < 1e-5, where
+        assert result.gradient < gradient, where
         assert result.weight < 5e-6, where
 
 
@@ -76,4 +79,33 @@ OTHERS = [
 
 @pytest.mark.parametrize("layout", OTHERS, ids=str)
 def test_sequence_parallelism_priors_and_eight_ranks(layout: Layout) -> None:
+    check(layout, run_ranks(compare, layout.ranks, layout))
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "data"), SIZES, ids=lambda size: str(size))
+def test_packed_documents_are_as_alone(tensor: int, pipeline: int, data: int) -> None:
+    """Rows of several documents against the reference on each document by itself, at each layout of up to four ranks.
+
+    The loss mask leaves some documents without a counted token, and counts far fewer on the last data-parallel rank.
+    """
+    base = Layout(tensor=tensor, pipeline=pipeline, data=data, packed=True)
+    layouts = [
+        replace(base, loops=loops, microbatches=2 * pipeline, recompute=recompute, kv_heads=kv_heads)
+        for loops, recompute, kv_heads in ((1, "none", 4), (2, "full", 2), (4, "none", 4), (4, "full", 4))
+    ]
+    layouts.append(replace(base, microbatches=2 * pipeline, kind="gate"))
+    for layout, results in zip(layouts, zip(*run_ranks(compare_all, base.ranks, layouts), strict=True), strict=True):
+        check(layout, list(results))
+
+
+PACKED = [
+    Layout(tensor=2, sequence_parallel=True, recompute="full", packed=True),
+    Layout(tensor=2, data=2, sequence_parallel=True, packed=True),
+    Layout(tensor=2, pipeline=2, loops=2, sequence_parallel=True, recompute="full", kv_heads=2, packed=True),
+    Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True, packed=True),
+]
+
+
+@pytest.mark.parametrize("layout", PACKED, ids=str)
+def test_packed_documents_under_sequence_parallelism(layout: Layout) -> None:
     check(layout, run_ranks(compare, layout.ranks, layout))

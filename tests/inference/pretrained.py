@@ -30,9 +30,9 @@ def reference_model(seed: int = 0) -> ReferenceLoopLM:
             around = 1.0 if "norm" in name else 0.0
             scale = 0.6 if "gate.weight" in name else 0.1
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + around)
-        # No ids that the tokenizer does not know, no end of document: what is generated can be shown and goes on.
-        reference.lm_head.weight[0] = -1.0
-        reference.lm_head.weight[97:] = -1.0
+        # The largest of 96 other logits is above 0: greedily no end of document comes, and no id without a text.
+        reference.lm_head.weight[0] = 0.0
+        reference.lm_head.weight[97:] = 0.0
     return reference
 
 

@@ -57,6 +57,12 @@ def test_good(tmp_path: Path) -> None:
         (["checkpoint.every=0"], None, ["checkpoint.every is 0"]),
         (["evaluation.every=1k"], None, ["data.validation"]),
         (["model.implementation=transformer_engine", "training.device=cpu"], None, ["transformer_engine"]),
+        (["data.long_documents=drop"], None, ["data.long_documents=drop", "data.packing", "best_fit"]),
+        (
+            ["model.implementation=transformer_engine", "data.document_mask=true", "precision.compute=fp32"],
+            None,
+            ["document mask", "precision.compute=bf16"],
+        ),
     ],
 )
 def test_each_rule(tmp_path: Path, overrides: list[str], ranks: int | None, words: list[str]) -> None:

@@ -109,6 +109,8 @@ def _serve(
         timeout_graceful_shutdown=int(limits.grace) + 5,
         lifespan="off",
     )
+    # Whoever reads the line below may connect at once.
+    listening.listen(128)
     host, port = listening.getsockname()[:2]
     settings = model.engine.settings
     print(

@@ -222,19 +222,23 @@ class OuroModel(OuroPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         loops: int | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> OuroModelOutput:
-        """`loops`: how many to run, config.total_ut_steps when left out; the same throughout for one cache."""
+        """`loops`: how many to run, config.total_ut_steps when left out; the same throughout for one cache.
+
+        `cache` is what transformers calls `past_key_values` from 5.24 on; either name serves.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         loops = self.config.total_ut_steps if loops is None else loops
         layers = self.config.num_hidden_layers
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
             cache = DynamicCache()
         seen = 0
@@ -294,6 +298,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -325,7 +330,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             loops=loops if step is None else step + 1,

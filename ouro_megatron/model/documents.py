@@ -1,0 +1,121 @@
+"""Documents that lie in one sequence and must not see each other: block-diagonal causal attention without a mask."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DocumentBounds:
+    """Where the documents of one microbatch lie. Nothing here is larger than the batch's tokens.
+
+    Travels through Megatron's layers in the place of its PackedSeqParams, down to the attention core. There is one for
+    a microbatch, the same in every loop.
+    """
+
+    positions_sb: Tensor
+    """int64 [s, b]: each token's place in its document, for RoPE."""
+    lengths: tuple[int, ...]
+    """Of all documents, row after row; they add up to b * s."""
+    cu_seqlens: Tensor
+    """int32 [documents + 1]: their bounds in the rows laid end to end."""
+    longest: int
+    qkv_format = "sbhd"
+    """Tells Megatron's attention to leave shapes and angles alone: the core cuts the documents."""
+
+    @classmethod
+    def of(cls, positions_bs: Tensor, device: torch.device) -> "DocumentBounds":
+        """From int64 [b, s] positions on the CPU: a document begins where they are 0, and they rise by 1 inside it.
+
+        Raises ValueError for positions that do not begin with 0 in every row.
+        """
+        if bool((positions_bs[:, 0] != 0).any()):
+            raise ValueError("every row of positions begins with a document, at position 0")
+        starts = (positions_bs.reshape(-1) == 0).nonzero().reshape(-1)
+        bounds = torch.cat((starts, starts.new_tensor([positions_bs.numel()])))
+        lengths = tuple(bounds.diff().tolist())
+        return cls(
+            positions_sb=positions_bs.t().contiguous().to(device, non_blocking=True),
+            lengths=lengths,
+            cu_seqlens=bounds.to(torch.int32).to(device, non_blocking=True),
+            longest=max(lengths),
+        )
+
+
+def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: DocumentBounds) -> Tensor:
+    """Causal attention inside each document: query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n, d].
+
+    Memory grows with s, work with the sum of squared document lengths. One flash-attention call on CUDA in half
+    precision, else a call for each document.
+    """
+    s, b, n, d = query.shape
+    q, k, v = (x.transpose(0, 1).reshape(b * s, -1, d) for x in (query, key, value))
+    grouped = n != key.shape[2]
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        context = _flash(q, k, v, documents, grouped)
+    else:
+        context = _one_by_one(q, k, v, documents.lengths, grouped)
+    return context.view(b, s, n, d).transpose(0, 1)
+
+
+def _flash(q_tnd: Tensor, k_tgd: Tensor, v_tgd: Tensor, documents: DocumentBounds, grouped: bool) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds, longest = documents.cu_seqlens, documents.longest
+    # A window that reaches back to the start and not ahead is causal.
+    arguments: dict[str, Any] = {"window_size": (-1, 0), "enable_gqa": grouped}
+    context = varlen_attn(q_tnd, k_tgd, v_tgd, bounds, bounds, longest, longest, **arguments)
+    assert isinstance(context, Tensor)
+    return context
+
+
+def _one_by_one(q_tnd: Tensor, k_tgd: Tensor, v_tgd: Tensor, lengths: tuple[int, ...], grouped: bool) -> Tensor:
+    parts = []
+    # `split` has one backward for all parts; slicing would add up a whole tensor of zeros for each.
+    for q, k, v in zip(*(x.split(lengths) for x in (q_tnd, k_tgd, v_tgd)), strict=True):
+        q_bnsd, k_bgsd, v_bgsd = (x.transpose(0, 1)[None] for x in (q, k, v))
+        causal = q.shape[0] > 1
+        part = F.scaled_dot_product_attention(q_bnsd, k_bgsd, v_bgsd, is_causal=causal, enable_gqa=grouped)
+        parts.append(part[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def documents_through(attention: type) -> type:
+    """Transformer Engine's attention core of Megatron (`TEDotProductAttention`), taught DocumentBounds.
+
+    The documents go to it end to end with their bounds ("thd"); without bounds nothing changes.
+    """
+
+    class DocumentAttention(attention):
+        def forward(
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            attn_mask_type: Any,
+            attention_bias: Tensor | None = None,
+            packed_seq_params: Any = None,
+        ) -> Tensor:
+            if not isinstance(packed_seq_params, DocumentBounds):
+                return super().forward(
+                    query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
+                )
+            s, b = query.shape[:2]
+            bounds, longest = packed_seq_params.cu_seqlens, packed_seq_params.longest
+            packed = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=bounds,
+                cu_seqlens_kv=bounds,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
+            )
+            parts = (x.transpose(0, 1).flatten(0, 1).contiguous() for x in (query, key, value))
+            context = super().forward(*parts, attention_mask, attn_mask_type, attention_bias, packed)
+            return context.reshape(b, s, -1).transpose(0, 1).contiguous()
+
+    return DocumentAttention
