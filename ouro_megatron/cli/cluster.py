@@ -1,5 +1,6 @@
 """`ouro submit`, `ouro status` and `ouro cancel`."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,6 +66,7 @@ def submit(
     loaded = _load(pipeline, overrides, cluster, twin, nodes, time)
     wanted, project = jobs.plan(loaded, from_step, to_step), jobs.project_folder()
     if local:
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
         from ouro_megatron.training.launch import train
 
         raise typer.Exit(jobs.run_here(loaded, wanted, lambda recipe: train(recipe, None), typer.echo))
