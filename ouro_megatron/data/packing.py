@@ -92,6 +92,11 @@ def pack(
     truncated, split into pieces (each label still predicted once) or dropped. Inside a sequence pieces are in the order
     of the index. The result depends on the arguments alone. Raises DataError when `long` is None and one is too long.
     """
+    if long is None and (too_long := int(np.count_nonzero(lengths > sequence + 1))):
+        raise DataError(
+            f"{too_long:,} of {len(lengths):,} documents are longer than data.sequence_length + 1 = {sequence + 1} "
+            f"tokens (the longest has {int(lengths.max()):,}): set data.long_documents to truncate, split or drop"
+        )
     for first in range(0, len(lengths), block):
         part = np.asarray(lengths[first : first + block])
         document, offset, slots, report = _cut(part, sequence, long)
@@ -131,12 +136,6 @@ def _cut(
     """Pieces of a block, in order: (document, offset, slots), all int32[p], and the counts of what was left out."""
     is_long = lengths > sequence + 1
     is_short = lengths < 2
-    too_long = int(is_long.sum())
-    if too_long and long is None:
-        raise DataError(
-            f"{too_long:,} of {len(lengths):,} documents are longer than data.sequence_length + 1 = {sequence + 1} "
-            f"tokens (the longest has {int(lengths.max()):,}): set data.long_documents to truncate, split or drop"
-        )
     dropped = int(lengths[is_short].sum(dtype=np.int64))
     keep = ~is_short
     document = np.arange(len(lengths), dtype=np.int32)
@@ -156,7 +155,7 @@ def _cut(
         documents=len(lengths),
         tokens=int(lengths.sum(dtype=np.int64)),
         too_short=int(is_short.sum()),
-        too_long=too_long,
+        too_long=int(is_long.sum()),
         dropped_tokens=dropped,
     )
     return np.repeat(document, pieces), offset.astype(np.int32), slots.astype(np.int32), report

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
+from ouro_megatron.data.packing import PackingReport
 from ouro_megatron.errors import DataError
 
 Batch = dict[str, torch.Tensor]
@@ -81,6 +82,10 @@ class MicrobatchReader:
         """Samples [start, end) by source of the blend; empty when the dataset cannot tell."""
         counts = getattr(self._dataset, "source_counts", None)
         return counts(start, end) if counts is not None else {}
+
+    def packing(self) -> dict[str, PackingReport]:
+        """By source: how its documents were packed. Empty when they are a stream or the dataset cannot tell."""
+        return dict(zip(getattr(self._dataset, "names", ()), getattr(self._dataset, "packing", ()), strict=False))
 
     def close(self) -> None:
         """Ends the reading thread."""

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from ouro_megatron.parallel.platform import Platform, choose_platform
+from ouro_megatron.parallel.platform import Platform, choose_platform, make_deterministic
 from ouro_megatron.recipe.schema import ParallelSection, Recipe
 
 
@@ -139,5 +139,7 @@ def create_context(parallel: ParallelSection, device: str = "auto", seed: int = 
 
 
 def context_for(recipe: Recipe) -> ParallelContext:
-    """`create_context` with the recipe's layout, device and seed."""
+    """`create_context` with the recipe's layout, device and seed; deterministic when the recipe asks for it."""
+    if recipe.training.deterministic:
+        make_deterministic()
     return create_context(recipe.parallel, recipe.training.device, recipe.training.seed)

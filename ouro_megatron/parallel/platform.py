@@ -6,6 +6,7 @@ answers those; on a CUDA platform nothing here is ever called. tests/parallel/te
 of Megatron-Core moves what is patched.
 """
 
+import os
 import queue
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -125,6 +126,17 @@ def activate_cpu(stand_in: torch.device = _CPU) -> None:
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
     schedules.torch = _TorchWithoutCuda(stand_in)
+
+
+def make_deterministic() -> None:
+    """Lets this process use deterministic kernels only: an operation without one raises. Before CUDA is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # Filling fresh memory hides reads of it and costs bandwidth; it does not make results more repeatable.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def choose_platform(device: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> Platform:

@@ -182,6 +182,10 @@ class TrainingSection(Section):
     no cost. `full`: only each layer's input is kept, a third more work."""
     recompute_loops: PositiveInt | None = None
     """Recompute in loops 1 to this one only; in all loops when absent."""
+    deterministic: bool = False
+    """The same numbers in every run on the same layout: slower kernels on a GPU where need be. A CPU always is."""
+    check_every: Span | None = Span(steps=100)
+    """How often copies of weights are compared between ranks; null: never."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     early_loops: list[EarlyLoops] = []
     """Loops used before `model.loops`, in order: T changes between steps once `until` is reached."""

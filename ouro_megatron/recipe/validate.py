@@ -169,7 +169,7 @@ def _init(recipe: Recipe) -> Iterator[str]:
         ("init.data_position", init.data_position, "the data position"),
     ):
         if wanted and not init.is_set:
-            yield f"{field}=true carries {what} of another stage over: set init.stage or init.checkpoint"
+            yield f"{field}=true carries {what} of an earlier stage over: set init.stage or init.checkpoint"
 
 
 def _batch(recipe: Recipe, world_size: int | None) -> Iterator[str]:
@@ -223,6 +223,7 @@ def _schedule(recipe: Recipe) -> Iterator[str]:
         ("checkpoint.every", recipe.checkpoint.every),
         ("checkpoint.permanent_every", recipe.checkpoint.permanent_every),
         ("evaluation.every", recipe.evaluation.every),
+        ("training.check_every", recipe.training.check_every),
     ):
         if span is not None and span.is_zero:
             yield f"{field} is 0; give a length, for example '100 steps'"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from ouro_megatron.data.packing import PackingReport
 from ouro_megatron.data.sampler import MicrobatchReader
 from ouro_megatron.data.skipping import Window, position
 from ouro_megatron.recipe.schedule import BatchPoint
@@ -60,6 +61,10 @@ class DataStream:
             consumed += take
             start = self.position(consumed)
         return counts
+
+    def packing(self) -> dict[str, PackingReport]:
+        """By source: how its documents were packed. Empty when they are a stream."""
+        return self._reader.packing()
 
     def close(self) -> None:
         self._reader.close()

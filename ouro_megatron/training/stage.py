@@ -36,6 +36,7 @@ from ouro_megatron.telemetry.setup import standard_sinks
 from ouro_megatron.telemetry.sink import RunInfo, Sinks, pipeline_of
 from ouro_megatron.training.callbacks import Evaluation, Records
 from ouro_megatron.training.checkpoints import Checkpoints
+from ouro_megatron.training.consistency import Consistency
 from ouro_megatron.training.data_stream import DataStream
 from ouro_megatron.training.engine import Engine
 from ouro_megatron.training.health import Health
@@ -114,6 +115,9 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
         else:
             engine.adopt_weights()
     with _sinks(recipe, context, plan, progress, start, history) as sinks:
+        if sinks is not None:
+            for name, report in data.packing().items():
+                sinks.notify("packing", f"{name}: {report.describe(recipe.data.long_documents)}")
         returns = Rollbacks(
             recipe.run_folder, lambda folder: load_run(engine, folder, recipe, optimizer=True), rollbacks
         )
@@ -136,6 +140,7 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
                 Health(recipe, sinks, guard, returns, checkpoints.settle, checkpoints.rolled_back),
                 Evaluation(held_out, sinks, stopping),
                 stopping,
+                Consistency(recipe.training.check_every),
                 checkpoints,
             ],
             guard.judge,

@@ -88,12 +88,15 @@ def test_packed_documents_are_as_alone(tensor: int, pipeline: int, data: int) ->
 
     The loss mask leaves some documents without a counted token, and counts far fewer on the last data-parallel rank.
     """
-    base = Layout(tensor=tensor, pipeline=pipeline, data=data, packed=True)
+    base = Layout(tensor=tensor, pipeline=pipeline, data=data, microbatches=2 * pipeline, packed=True)
     layouts = [
-        replace(base, loops=loops, microbatches=2 * pipeline, recompute=recompute, kv_heads=kv_heads)
-        for loops, recompute, kv_heads in ((1, "none", 4), (2, "full", 2), (4, "none", 4), (4, "full", 4))
+        replace(base, loops=1),
+        replace(base, loops=2, recompute="full", kv_heads=2),
+        replace(base, loops=4),
+        replace(base, loops=4, recompute="full"),
+        replace(base, loops=4, recompute="selective"),
+        replace(base, kind="gate"),
     ]
-    layouts.append(replace(base, microbatches=2 * pipeline, kind="gate"))
     for layout, results in zip(layouts, zip(*run_ranks(compare_all, base.ranks, layouts), strict=True), strict=True):
         check(layout, list(results))
 
