@@ -98,9 +98,12 @@ class SourceJob:
     @property
     def is_current(self) -> bool:
         """All its pairs are there, of the size they were made with, from what the recipe says now."""
-        if any(task.hashes is not None and not task.hashes.is_file() for task in self.tasks):
-            return False
         return all(_is_whole(self.prefixes(split), self.key) for split in self.splits)
+
+    @property
+    def has_hashes(self) -> bool:
+        """Those of its documents, which a search for duplicates in other sources needs, are there or not asked for."""
+        return all(task.hashes is None or task.hashes.is_file() for task in self.tasks)
 
     def prefixes(self, split: str) -> list[Path]:
         """Those of this source and split that have a manifest, in order."""
@@ -181,6 +184,12 @@ def source_jobs(recipe: DataRecipe, units: dict[str, list[Unit]], tokenizer: Tex
         before = tuple(job.key for job in jobs) if recipe.filters.exact_dedup else ()
         jobs.append(SourceJob(recipe, source, tokenizer, units[source.name], before))
     return jobs
+
+
+def stale_jobs(jobs: Sequence[SourceJob]) -> list[SourceJob]:
+    """Those to be made: out of date, or finished but needed again to find duplicates in one that is out of date."""
+    stale = [job for job in jobs if not job.is_current]
+    return [job for job in jobs if job in stale or not job.has_hashes] if stale else []
 
 
 def share(tasks: Sequence[ShardTask], shard: tuple[int, int] | None) -> Iterator[ShardTask]:

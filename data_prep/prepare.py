@@ -21,7 +21,7 @@ from data_prep.encode import choose_encoder
 from data_prep.faults import FaultBudget, faults_file, write_faults
 from data_prep.lock import locked
 from data_prep.merge import merge, plan_merge
-from data_prep.plan import FILES, SourceJob, digest_of, find_prefixes, list_units, share, source_jobs
+from data_prep.plan import FILES, SourceJob, digest_of, find_prefixes, list_units, share, source_jobs, stale_jobs
 from data_prep.progress import Tracker, Watcher
 from data_prep.recipe import DataRecipe, TrainTokenizer
 from data_prep.shards import ShardResult, read_result, tokenise_shard
@@ -99,7 +99,7 @@ def merge_all(recipe: DataRecipe, watcher: Watcher, *, workers: int) -> list[Pat
 def pending_shards(recipe: DataRecipe, units: Units, count: int) -> tuple[list[int], bool]:
     """(numbers i of the shares i of `count` that have work left, whether anything is left to merge)."""
     jobs = _jobs(recipe, units)
-    stale = [job for job in jobs if not job.is_current]
+    stale = stale_jobs(jobs)
     tasks = [task for job in stale for task in job.tasks]
     left = [i for i in range(count) if any(not task.is_done for task in share(tasks, (i, count)))]
     return left, bool(stale)
@@ -140,10 +140,11 @@ def _jobs(recipe: DataRecipe, units: Units) -> list[SourceJob]:
 
 
 def _stale(jobs: Sequence[SourceJob], watcher: Watcher) -> list[SourceJob]:
+    stale = stale_jobs(jobs)
     for job in jobs:
-        if job.is_current:
+        if job not in stale:
             watcher.say(f"{job.source.name}: up to date")
-    return [job for job in jobs if not job.is_current]
+    return stale
 
 
 def _tokenise(jobs: Sequence[SourceJob], watcher: Watcher, workers: int, shard: tuple[int, int] | None) -> None:

@@ -146,7 +146,10 @@ def tokenise_shard(task: ShardTask, pulse: Pulse) -> ShardResult:
     partial.mkdir(parents=True)
     try:
         result = _Shard(task, partial, pulse).run()
-        (partial / "done.json").write_text(json.dumps(asdict(result)), encoding="utf-8")
+        with (partial / "done.json").open("w", encoding="utf-8") as file:
+            json.dump(asdict(result), file)
+            file.flush()
+            os.fsync(file.fileno())
         if task.folder.exists():
             # Without its mark it was left by hand; with it, another machine was quicker with the same result.
             shutil.rmtree(task.folder)

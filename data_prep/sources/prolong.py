@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -34,6 +34,8 @@ class ProLong(FileSource):
     join: bool = False
     """Join a document cut at the end of a row with the beginning of the next row, if that has no begin mark. A
     folder of shards is then one unit."""
+
+    has_columns: ClassVar[bool] = False
 
     def folders(self) -> list[list[Shard]]:
         """Shards by index. Raises DataError for shards that an index names and that are not there."""

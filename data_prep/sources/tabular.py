@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_prep.formats.compression import codec_of
 from data_prep.formats.files import File, find_files, is_url
@@ -46,6 +46,14 @@ class FileSource(SourceBase):
     """Columns and the values to keep, such as {domain: [math, science]}; other rows are left out."""
     storage_options: Mapping[str, Any] = Field(default_factory=dict)
     """Passed to fsspec for a URL, such as {anon: true}."""
+
+    has_columns: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _columns_for_where(self) -> "FileSource":
+        if self.where and not self.has_columns:
+            raise ValueError(f"`where` chooses rows by their columns; {', '.join(self.where)}: there are none here")
+        return self
 
     def files(self) -> list[File]:
         """All files, in an order that never changes. Raises DataError when one is missing."""

@@ -1,7 +1,7 @@
 """A folder of plain text files, each one document."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from data_prep.formats.compression import Damaged, codec_of, codec_of_bytes, inflate
 from data_prep.formats.files import local, open_file
@@ -14,6 +14,8 @@ class TextFolder(FileSource):
 
     kind: Literal["text_folder"]
     pattern: str = "**/*.txt{,.gz,.zst,.zstd,.xz,.bz2}"
+
+    has_columns: ClassVar[bool] = False
 
     def units(self, target_bytes: int) -> list[Unit]:
         return [file.unit() for file in self.files()]

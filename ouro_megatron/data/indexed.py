@@ -9,6 +9,7 @@ Megatron's reader never compares the two files, so a short .bin is found here or
 
 import hashlib
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,27 @@ def read_index(prefix: Path) -> Index:
         offsets=np.frombuffer(raw, np.dtype("<i8"), sequences, at_offsets),
         documents=np.frombuffer(raw, np.dtype("<i8"), boundaries, at_documents),
     )
+
+
+def pairs_of(path: Path) -> list[Path]:
+    """`path` itself, or the pairs PATH-00000-of-NNNNN that data preparation makes of a large source, in their order.
+
+    Raises DataError when some of those pairs are missing.
+    """
+    if with_suffix(path, ".idx").exists():
+        return [path]
+    pattern = re.compile(re.escape(path.name) + r"-(\d{5})-of-(\d{5})\.idx")
+    names = sorted(file.name for file in path.parent.iterdir()) if path.parent.is_dir() else []
+    matches = [match for name in names if (match := pattern.fullmatch(name))]
+    if not matches:
+        return [path]
+    count = int(matches[0][2])
+    if [(int(match[1]), int(match[2])) for match in matches] != [(number, count) for number in range(count)]:
+        raise DataError(
+            f"{path}: {len(matches)} of the {count} pairs {path.name}-00000-of-{count:05d} and so on are there, or "
+            "they are of several runs: prepare or copy all of one run"
+        )
+    return [path.with_name(match.string.removesuffix(".idx")) for match in matches]
 
 
 def read_manifest(prefix: Path) -> dict[str, Any] | None:

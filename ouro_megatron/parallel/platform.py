@@ -136,7 +136,7 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     # Filling fresh memory hides reads of it and costs bandwidth; it does not make results more repeatable.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def choose_platform(device: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> Platform:

@@ -66,6 +66,14 @@ def test_replays_keep_the_shares_inside() -> None:
     assert first.epochs_so_far == pytest.approx((780 + 3.9) / 800)
 
 
+@pytest.mark.parametrize("name", ["stage-1", "ct-annealing", "long-ct", "mid-training"])
+def test_shipped_stages_read_these_blends(name: str) -> None:
+    data = yaml.safe_load((ROOT / "stages" / "data" / f"{name}.yaml").read_text())["data"]
+    weights = {entry["path"]: entry["weight"] for entry in data["train"]}
+    blend = yaml.safe_load(blends()[name].recipe_text())["data"]["train"]
+    assert {entry["path"]: entry["weight"] for entry in blend} == pytest.approx(weights, abs=0.1)
+
+
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
     """`web` in two pairs with manifests, `code` in one of another tool, with half of the tokens."""

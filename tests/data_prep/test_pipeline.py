@@ -145,6 +145,22 @@ def test_duplicates_filters_and_counts(root: Path) -> None:
     assert any("duplicates left out" in line for line in said)
 
 
+def test_a_source_that_is_added_later_is_compared_with_the_finished(root: Path) -> None:
+    sources = [{"name": name, "kind": "jsonl", "path": str(root / name), "key": "url"} for name in ("web", "more")]
+    run(root, "both", filters=FILTERS)
+    run(root, "out", filters=FILTERS, sources=sources[:1])
+    assert "web: up to date" in run(root, "out", filters=FILTERS)
+    assert content(root, "out") == content(root, "both")
+    # Without the hashes a finished result stays finished; they are made again when another source asks for them.
+    for file in (root / "out" / ".hashes").iterdir():
+        file.unlink()
+    assert {"web: up to date", "more: up to date"} <= set(run(root, "out", filters=FILTERS))
+    (root / "more" / "2.jsonl").write_text(lines(range(50, 60)))
+    assert "web: up to date" not in run(root, "out", filters=FILTERS)
+    run(root, "fresh", filters=FILTERS)
+    assert content(root, "out") == content(root, "fresh")
+
+
 def test_decontamination(root: Path) -> None:
     (root / "questions.txt").write_text(" ".join(text(7).split()[:9]) + "\n")
     run(root, "out", filters={"decontaminate": {"files": [str(root / "questions.txt")], "ngram": 8}})
@@ -178,8 +194,10 @@ def test_several_pairs_fill_up_to_the_limit(root: Path) -> None:
 
 
 def test_a_document_beyond_the_limit_has_a_pair_of_its_own(root: Path) -> None:
-    run(root, "parts", max_prefix_tokens=3)
-    assert all(stats(prefix).documents == 1 for prefix in find_prefixes(root / "parts", "web", "train"))
+    sources = [{"name": "few", "kind": "jsonl", "path": str(root / "few.jsonl")}]
+    (root / "few.jsonl").write_text(lines(range(5)))
+    run(root, "parts", max_prefix_tokens=3, sources=sources, validation_fraction=0)
+    assert [stats(prefix).documents for prefix in find_prefixes(root / "parts", "few", "train")] == [1] * 5
 
 
 def test_faults_within_the_budget_are_written_down(root: Path) -> None:

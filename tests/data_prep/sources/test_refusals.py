@@ -268,6 +268,11 @@ def _text_files(folder: Path, write: Callable[[Path], object]) -> dict[str, Any]
     return {"kind": "text_folder", "path": str(folder)}
 
 
+def test_where_needs_columns(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="there are none here"):
+        source_of({"kind": "text_folder", "path": str(tmp_path), "where": {"lang": ["en"]}})
+
+
 def test_text_folder_faults(tmp_path: Path) -> None:
     settings = _text_files(tmp_path, lambda path: path.write_bytes(b"ab\xff"))
     documents, faults = read_all(settings)
