@@ -105,6 +105,8 @@ def _new_state(states: Sequence[RunState], folders: Sequence[Path]) -> RunState:
         optimizer_steps=0,
         skipped_steps=0,
         seconds=0.0,
+        health={},
+        pending_evaluation=False,
         history=[*history_with(last, folders[-1]), record],
         origin="average",
     )

@@ -125,6 +125,7 @@ def stage_facts(recipe: dict[str, Any]) -> dict[str, Any]:
         "schedule": recipe["schedule"]["kind"],
         "objective": recipe["objective"]["kind"],
         "beta": recipe["objective"]["beta"],
+        "started_from": init.get("stage") or init.get("checkpoint"),
         "optimizer_carried": bool(init.get("optimizer")),
         "data_position_carried": bool(init.get("data_position")),
         "blend": {entry.get("name") or Path(entry["path"]).name: entry["weight"] for entry in recipe["data"]["train"]},

@@ -96,6 +96,8 @@ def _new_state(
         optimizer_steps=state.optimizer_steps if optimizer else 0,
         skipped_steps=0,
         seconds=0.0,
+        health={},
+        pending_evaluation=False,
         recipe=recipe,
         history=[*history_with(state, source), record],
         origin="upcycle",

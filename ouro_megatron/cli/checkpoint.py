@@ -92,7 +92,8 @@ def _about(record: "StageRecord") -> str:
         if facts[on]
     ]
     where = f"; {record.checkpoint}" if record.checkpoint else ""
-    return f"{record.name}: took over weights{''.join(f', {word}' for word in carried)}; {blend}{where}"
+    began = ", ".join(["took over weights", *carried]) if facts["started_from"] else "new weights"
+    return f"{record.name}: {began}; {blend}{where}"
 
 
 @checkpoint.command()

@@ -1,11 +1,14 @@
 """`ouro submit`, `ouro status` and `ouro cancel`."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ouro_megatron.cluster.pipeline import Pipeline
     from ouro_megatron.cluster.status import StepStatus
 
@@ -63,6 +66,7 @@ def submit(
     loaded = _load(pipeline, overrides, cluster, twin, nodes, time)
     wanted, project = jobs.plan(loaded, from_step, to_step), jobs.project_folder()
     if local:
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
         from ouro_megatron.training.launch import train
 
         raise typer.Exit(jobs.run_here(loaded, wanted, lambda recipe: train(recipe, None), typer.echo))
@@ -108,13 +112,12 @@ def status(
         time.sleep(watch)
 
 
-def _show(console: object, found: "list[StepStatus]") -> None:
+def _show(console: "Console", found: "list[StepStatus]") -> None:
     from rich.console import Console
     from rich.table import Table
 
     from ouro_megatron.telemetry.text import big, duration
 
-    assert isinstance(console, Console)
     table = Table("step", "after", "state", "job", "tokens", "loss", "time left", "restarts", "saved")
     styles = {"finished": "green", "running": "bold cyan", "failed": "bold red", "cancelled": "yellow"}
     for step in found:
@@ -130,10 +133,9 @@ def _show(console: object, found: "list[StepStatus]") -> None:
             str(step.restarts or ""),
             "" if step.saved_step is None else f"step {step.saved_step}",
         )
-    # Wide enough for a file or a pipe too: a table that is cut tells nothing.
-    Console(width=max(console.width, 120), highlight=False).print(table) if not console.is_terminal else console.print(
-        table
-    )
+    if not console.is_terminal:  # a file or a pipe: a table that is cut tells nothing
+        console = Console(width=max(console.width, 120), highlight=False)
+    console.print(table)
     for step in found:
         if step.detail:
             console.print(f"{step.name}: {step.detail}", soft_wrap=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ouro_megatron.checkpoint.folder import newest, step_of
+from ouro_megatron.checkpoint.state import read_state
 from ouro_megatron.cluster.pipeline import Job
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.telemetry.metrics_file import METRICS_NAME, from_line
@@ -40,6 +41,8 @@ def is_finished(job: Job) -> bool:
         return False
     if job.recipe is None:
         return True
+    if read_state(found.folder).pending_evaluation:
+        return False
     if job.recipe.budget.total is None:  # in epochs: the run knows its length
         last = last_record(job.run_folder)
         return last is not None and step_of(found.folder) == last.total_steps

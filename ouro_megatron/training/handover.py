@@ -22,7 +22,8 @@ _COMPARED = (
 def handover(state: RunState, recipe: Recipe, folder: Path) -> Iterator[str]:
     """One line for each thing that carries over from `folder`, whose state is `state`, or begins afresh."""
     before, now = state.recipe, recipe.model_dump(mode="json")
-    came = "made by upcycling" if state.origin == "upcycle" else f"step {state.step} of {before['name']}"
+    made = {"upcycle": "made by upcycling", "average": "a mean of checkpoints", "import": "imported"}
+    came = made.get(state.origin, f"step {state.step} of {before['name']}")
     yield f"weights: carried from {folder} ({came}); {big(tokens_in_all(state))} tokens trained so far"
     if recipe.init.optimizer:
         yield f"optimizer: moments carried, {state.optimizer_steps} updates made"

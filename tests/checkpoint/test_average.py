@@ -66,7 +66,7 @@ def test_the_lineage_names_what_was_averaged_and_a_stage_starts_from_it(run: Rec
 def test_show_prints_the_lineage(run: Recipe, mean: Path) -> None:
     done = subprocess.run([str(OURO), "checkpoint", "show", str(mean)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for words in ("mean of 3 checkpoints", "4 x 3", "1.54k", "1: run: took over weights; train 100%", "steps 2, 4, 6"):
+    for words in ("mean of 3 checkpoints", "4 x 3", "1.54k", "1: run: new weights; train 100%", "steps 2, 4, 6"):
         assert words in done.stdout, done.stdout
     done = subprocess.run(
         [str(OURO), "checkpoint", "show", str(run.run_folder)], capture_output=True, text=True, timeout=60

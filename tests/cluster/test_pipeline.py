@@ -20,6 +20,7 @@ from ouro_megatron.errors import DataError, OuroError, RecipeError
 from ouro_megatron.recipe.load import dump_recipe
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.validate import check_recipe
+from tests.slurm.cluster import wait_until
 from tests.tiny import tiny_recipe
 
 
@@ -158,7 +159,12 @@ class Shell:
             "SLURM_JOB_NODELIST": "n1",
         }
         return subprocess.Popen(
-            ["bash", str(self.script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            ["bash", str(self.script)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
 
     def run(self, code: int) -> tuple[int, bool, str]:
@@ -203,10 +209,11 @@ def test_a_cancelled_job_is_not_requeued(tmp_path: Path) -> None:
 
 def test_a_signal_to_the_script_does_not_end_the_ranks(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
-    process = shell.start("sleep 2; exit 75")
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        time.sleep(0.5)
-        process.send_signal(number)
+    process = shell.start(f"trap '' TERM USR1; echo up >>{shell.calls}; sleep 3; exit 75")
+    wait_until(lambda: "up" in shell.calls.read_text(), 30, "the ranks run")
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGTERM)  # Slurm signals all processes of a batch script
     process.communicate(timeout=60)
     assert process.returncode == 75
     assert "requeue 7" in shell.calls.read_text()

@@ -73,6 +73,9 @@ def test_every_stage_is_as_the_table_says(pipeline: Pipeline) -> None:
         found = (recipe.optimizer.lr, recipe.schedule.kind, sizes[-1], recipe.data.sequence_length)
         assert found == (row.lr, row.schedule, row.batch, row.sequence), job.name
         assert (recipe.model.rope_base, recipe.model.loops, recipe.objective.beta) == (row.rope, row.loops, row.beta)
+        long = row.sequence > 4096
+        packing = "best_fit" if "sft" in job.name else "none"
+        assert (recipe.data.masks_documents, recipe.data.packing) == (long, packing), job.name
         assert recipe.optimizer.betas == (0.9, 0.95)
         assert (recipe.optimizer.weight_decay, recipe.optimizer.clip) == (0.1, 1.0)
         if recipe.budget.total is not None:
