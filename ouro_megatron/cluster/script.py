@@ -42,7 +42,7 @@ def render(job: Job, cluster: Cluster, pipeline: str, project: Path) -> str:
     """The whole script. `project`: the folder that relative paths, the recipe's too, are meant from."""
     folder = (project / job.slurm_folder).resolve()
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    template = environment.from_string(files("ouro_megatron.cluster").joinpath("step.sbatch.j2").read_text("utf-8"))
+    template = environment.from_string(files("slurm").joinpath("step.sbatch.j2").read_text("utf-8"))
     what = {"train": "Trains stage", "upcycle": "Makes the deeper model", "average": "Averages checkpoints:"}[job.kind]
     container = _container(cluster, project)
     return template.render(
