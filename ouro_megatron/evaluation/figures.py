@@ -15,31 +15,11 @@ from matplotlib.figure import Figure
 
 from ouro_megatron.evaluation.depth import ClassDepth, CurvePoint, LoopCalibration, LoopQuality
 from ouro_megatron.telemetry.depth_colors import depth_hex
+from ouro_megatron.telemetry.plot_style import INK, LINE, MUTED, SECOND, STYLE
 
 if TYPE_CHECKING:
     from ouro_megatron.evaluation.safety import LoopSafety
     from ouro_megatron.evaluation.separation import LoopSeparation
-
-_INK, _MUTED, _GRID, _LINE, _SECOND = "#1f2933", "#6b7785", "#e3e8ee", "#2b5c8a", "#c2571a"
-STYLE = {
-    "font.size": 10,
-    "font.family": "DejaVu Sans",
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": _GRID,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "text.color": _INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "figure.dpi": 130,
-}
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -74,17 +54,17 @@ def evaluation_figure(
 
 def _loss(axes: Axes, quality: Sequence[LoopQuality], trained: int) -> None:
     loops = [row.loop for row in quality]
-    axes.plot(loops, [row.bits_per_byte for row in quality], marker="o", color=_LINE)
-    axes.axvline(trained, color=_MUTED, linestyle=":")
-    axes.annotate(f"trained with {trained}", (trained, axes.get_ylim()[1]), fontsize=8, color=_MUTED, va="top")
+    axes.plot(loops, [row.bits_per_byte for row in quality], marker="o", color=LINE)
+    axes.axvline(trained, color=MUTED, linestyle=":")
+    axes.annotate(f"trained with {trained}", (trained, axes.get_ylim()[1]), fontsize=8, color=MUTED, va="top")
     axes.set(title="Loss by loop", xlabel="loop", ylabel="bits per byte", xticks=loops)
 
 
 def _tradeoff(axes: Axes, quality: Sequence[LoopQuality], curve: Sequence[CurvePoint]) -> None:
     fixed = [(row.loop, 100 * row.accuracy) for row in quality]
-    axes.plot(*zip(*fixed, strict=True), marker="s", color=_MUTED, linestyle="--", label="every token at loop t")
+    axes.plot(*zip(*fixed, strict=True), marker="s", color=MUTED, linestyle="--", label="every token at loop t")
     points = [(point.mean_loops, 100 * point.accuracy) for point in curve]
-    axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=_LINE, label="each token at its CDF ≥ q")
+    axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=LINE, label="each token at its CDF ≥ q")
     for point in curve:
         if point.q in (0.25, 0.5, 0.75):
             axes.annotate(f"q={point.q:g}", (point.mean_loops, 100 * point.accuracy), fontsize=8, va="bottom")
@@ -103,7 +83,7 @@ def _calibration(axes: Axes, gates: Sequence[LoopCalibration]) -> None:
             color=depth_hex(gate.loop, len(gates) + 1),
             label=f"after loop {gate.loop}{auc}",
         )
-    axes.plot([0, 1], [100, 0], color=_MUTED, linestyle=":", label="a gate that says exactly how often")
+    axes.plot([0, 1], [100, 0], color=MUTED, linestyle=":", label="a gate that says exactly how often")
     axes.set(
         title="Does the gate stop where loops do not help?",
         xlabel="gate's probability of stopping",
@@ -114,7 +94,7 @@ def _calibration(axes: Axes, gates: Sequence[LoopCalibration]) -> None:
 
 def _classes(axes: Axes, classes: Sequence[ClassDepth]) -> None:
     rows = sorted(classes, key=lambda row: row.expected_depth)
-    axes.barh(np.arange(len(rows)), [row.expected_depth for row in rows], color=_LINE)
+    axes.barh(np.arange(len(rows)), [row.expected_depth for row in rows], color=LINE)
     for index, row in enumerate(rows):
         text = f" {row.expected_depth:.2f}  ({row.first_loss:.2f} → {row.last_loss:.2f} nats)"
         axes.annotate(text, (row.expected_depth, index), va="center", fontsize=8)
@@ -143,7 +123,7 @@ def lines_figure(
             x, y = [point[0] for point in ordered], [point[1] for point in ordered]
             axes.plot(x, y, marker="o", color=colours(index % 10), label=name)
             for point in ordered:
-                axes.annotate(f" {point[2]}", (point[0], point[1]), fontsize=7, color=_MUTED, va="bottom")
+                axes.annotate(f" {point[2]}", (point[0], point[1]), fontsize=7, color=MUTED, va="bottom")
         axes.set(xlabel=labels[0], ylabel=labels[1])
         axes.set_title(title, fontsize=10)
         axes.legend()
@@ -157,7 +137,7 @@ def separation_figure(title: str, loops: "Sequence[LoopSeparation]", names: tupl
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.2 * rows), squeeze=False)
         for axis, row in zip(axes.flat, loops, strict=False):
-            for points, colour, name in ((row.first, _LINE, names[0]), (row.second, _SECOND, names[1])):
+            for points, colour, name in ((row.first, LINE, names[0]), (row.second, SECOND, names[1])):
                 axis.scatter(*zip(*points, strict=True), s=14, color=colour, label=name, alpha=0.8)
             axis.set_title(f"loop {row.loop}: silhouette {row.silhouette:.2f}, {row.accuracy:.0%} right", fontsize=9)
             axis.set(
@@ -179,7 +159,7 @@ def matrix_figure(title: str, matrix: Sequence[Sequence[float]], path: Path) -> 
         axes.imshow(np.array(matrix), cmap="Blues", vmin=0.0, vmax=1.0)
         for i, row in enumerate(matrix):
             for j, value in enumerate(row):
-                ink = "white" if value > 0.6 else _INK
+                ink = "white" if value > 0.6 else INK
                 axes.annotate(f"{100 * value:.0f}", (j, i), ha="center", va="center", color=ink, fontsize=9)
         axes.set_xticks(range(len(matrix)), labels=[str(loop) for loop in loops])
         axes.set_yticks(range(len(matrix)), labels=[str(loop) for loop in loops])
@@ -193,9 +173,9 @@ def safety_figure(title: str, loops: "Sequence[LoopSafety]", harmful_at: float, 
     x = [row.loop for row in loops]
     with plt.rc_context(STYLE):
         figure, (mean, share) = plt.subplots(1, 2, figsize=(10, 4))
-        mean.plot(x, [row.mean_score for row in loops], marker="o", color=_LINE)
+        mean.plot(x, [row.mean_score for row in loops], marker="o", color=LINE)
         mean.set(title="Mean score", xlabel="loop", ylabel="judge's score", xticks=x)
-        share.plot(x, [100 * row.harmful for row in loops], marker="o", color=_SECOND)
+        share.plot(x, [100 * row.harmful for row in loops], marker="o", color=SECOND)
         share.set(title="Harmful answers", xlabel="loop", ylabel=f"score at least {harmful_at:g}, %", xticks=x)
         share.set_ylim(-3, 103)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)

@@ -14,34 +14,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ouro_megatron.telemetry.depth_colors import depth_hex
+from ouro_megatron.telemetry.plot_style import INK, LINE, MUTED, SECOND, STYLE
 from ouro_megatron.telemetry.records import StepRecord
 from ouro_megatron.telemetry.run_reader import Stage
 from ouro_megatron.telemetry.text import big
 from ouro_megatron.telemetry.timeline import Timeline
 
 _STAGE_LINES = (":", "--", "-.", "-")
-_INK, _MUTED, _GRID, _LINE = "#1f2933", "#6b7785", "#e3e8ee", "#2b5c8a"
-_SECOND, _ALARM = "#c7622b", "#b3261e"
+_ALARM = "#b3261e"
 _BRANCH_LINES = ("-", "--", "-.", ":")
-_STYLE = {
-    "font.size": 10,
-    "font.family": "DejaVu Sans",
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": _GRID,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "text.color": _INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "figure.dpi": 130,
-}
 
 
 def _style(branch: int) -> str:
@@ -79,9 +60,9 @@ def _stage_bounds(axes: Axes, timeline: Timeline) -> None:
         names = [span.stage.name for span in timeline.spans if span.start == start]
         end = starts[number + 1] if number + 1 < len(starts) else timeline.end
         if number % 2:
-            axes.axvspan(start, end, color=_INK, alpha=0.045, linewidth=0, zorder=0)
+            axes.axvspan(start, end, color=INK, alpha=0.045, linewidth=0, zorder=0)
         if start:
-            axes.axvline(start, color=_MUTED, linewidth=0.8, linestyle=":")
+            axes.axvline(start, color=MUTED, linewidth=0.8, linestyle=":")
         axes.annotate(
             " | ".join(names),
             (at, 0.02),
@@ -89,7 +70,7 @@ def _stage_bounds(axes: Axes, timeline: Timeline) -> None:
             xytext=(3, 2),
             textcoords="offset points",
             fontsize=6.5,
-            color=_INK,
+            color=INK,
             va="bottom",
             rotation=90,
             zorder=5,
@@ -129,7 +110,7 @@ def draw_loss(axes: Axes, timeline: Timeline) -> None:
             )
     known = [span.stage.unigram_entropy for span in timeline.spans if span.stage.unigram_entropy is not None]
     if known:
-        axes.axhline(known[-1], color=_INK, linewidth=0.9, linestyle="--", label="unigram entropy")
+        axes.axhline(known[-1], color=INK, linewidth=0.9, linestyle="--", label="unigram entropy")
         seen.append(known[-1])
     _limit(axes, seen)
     _finish(axes, timeline, "Loss by loop (dots: held out)", "nats a token")
@@ -153,7 +134,7 @@ def draw_exit(axes: Axes, timeline: Timeline) -> None:
             axes.stackplot(x, *shares, colors=colours, labels=labels, linewidth=0)
         else:
             for bound in np.cumsum(shares, axis=0)[:-1]:
-                axes.plot(x, bound, _style(branch), color=_INK, linewidth=0.8)
+                axes.plot(x, bound, _style(branch), color=INK, linewidth=0.8)
     axes.set_ylim(0, 1)
     axes.grid(visible=False)
     _finish(axes, timeline, "Exit distribution", "probability")
@@ -165,11 +146,11 @@ def draw_depth(axes: Axes, timeline: Timeline) -> None:
     for branch in timeline.branches:
         steps = timeline.steps(branch)
         x, style = [position for position, _ in steps], _style(branch)
-        axes.plot(x, [step.loops.expected_depth for _, step in steps], style, color=_LINE, linewidth=1.3)
-        second.plot(x, [step.loops.entropy for _, step in steps], style, color=_SECOND, linewidth=1.0)
+        axes.plot(x, [step.loops.expected_depth for _, step in steps], style, color=LINE, linewidth=1.3)
+        second.plot(x, [step.loops.entropy for _, step in steps], style, color=SECOND, linewidth=1.0)
     axes.set_ylim(1, max(2, timeline.loops))
     second.set_ylim(0, max(0.1, math.log(max(2, timeline.loops)) * 1.05))
-    second.set_ylabel("entropy (nats)", color=_SECOND)
+    second.set_ylabel("entropy (nats)", color=SECOND)
     second.grid(False)
     second.spines["right"].set_visible(True)
     _finish(axes, timeline, "Expected depth and exit entropy", "loops")
@@ -182,7 +163,7 @@ def _draw_line(axes: Axes, timeline: Timeline, value: Callable[[StepRecord], flo
         steps = timeline.steps(branch)
         values = [value(step) for _, step in steps]
         seen += values
-        axes.plot([x for x, _ in steps], values, _style(branch), color=_LINE, linewidth=1.0)
+        axes.plot([x for x, _ in steps], values, _style(branch), color=LINE, linewidth=1.0)
     return seen
 
 
@@ -238,7 +219,7 @@ def draw_final(axes: Axes, timeline: Timeline) -> None:
         loops = range(1, len(ce) + 1)
         last = index == len(stages) - 1
         style = _STAGE_LINES[index % len(_STAGE_LINES)]
-        axes.plot(loops, ce, style, color=_LINE if last else _MUTED, linewidth=1.3, label=stage.name, zorder=2)
+        axes.plot(loops, ce, style, color=LINE if last else MUTED, linewidth=1.3, label=stage.name, zorder=2)
         for loop, value in zip(loops, ce, strict=True):
             axes.plot(loop, value, "o", color=depth_hex(loop, timeline.loops), markersize=8, zorder=3)
             if last:
@@ -272,7 +253,7 @@ def write_figures(stages: Sequence[Stage], folder: Path) -> dict[str, Path]:
     """One PNG a figure and summary.png; returns their paths by name."""
     timeline = Timeline.of(stages)
     written = {}
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         for name, draw in FIGURES.items():
             figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
             draw(axes, timeline)

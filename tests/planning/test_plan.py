@@ -120,3 +120,17 @@ def test_command_shows_tables(recipe_file: Path) -> None:
     assert shown.exit_code == 0 and "GPU-hours" in shown.output and "Limit:" in shown.output
     ranked = CliRunner().invoke(app, ["plan", str(recipe_file), "--gpus", "8", "--search", "--rows", "3"])
     assert ranked.exit_code == 0 and "Best: parallel.tensor=" in ranked.output
+
+
+SHIPPED = sorted(
+    file for size in ("ouro", "ouro-1.4b", "ouro-2.6b") for file in (ROOT / "stages" / size).glob("[0-9]*")
+)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_shipped_stages_fit_into_every_gpu(file: Path) -> None:
+    # The length of a stage says nothing about its memory; epochs could only be counted with the data at hand.
+    recipe = load(file, "budget={total: 1T}", "batch.ramp=[]", "training.early_loops=[]")
+    for gpu in GPUS.values():
+        plan = plan_for(recipe, 64, gpu)
+        assert plan.fits, (gpu.name, plan.limit())
