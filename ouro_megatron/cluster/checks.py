@@ -1,5 +1,6 @@
 """Everything that can be known to be wrong before a job waits in a queue for days. All problems at once."""
 
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -90,7 +91,7 @@ def _command_problems(cluster: Cluster, project: Path) -> Iterator[str]:
     """The ranks' program, where it is no image's."""
     if cluster.container is not None or cluster.setup:
         return  # the setup's modules may bring it
-    program = cluster.command.split()[0]
+    program = shlex.split(cluster.command)[0]
     if shutil.which(program) is None and not (project / program).is_file():
         yield f"command: {program} is not there (from {project}); install the project or set cluster.command"
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -292,7 +293,7 @@ def test_nothing_left(root: Path) -> None:
 def test_a_full_disk_loses_nothing_that_was_finished(root: Path) -> None:
     """A limit on the size of files stands for the full disk: the merged pair does not fit, the shards do."""
     file = recipe_file(root, "out", validation_fraction=0)
-    limited = f"ulimit -f 14; exec {OURO} data prepare {file} --workers 2"
+    limited = f"ulimit -f 14; exec {shlex.quote(str(OURO))} data prepare {file} --workers 2"
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 3, done.stderr
     assert "File too large" in done.stderr and "run it again" in done.stderr

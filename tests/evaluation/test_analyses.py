@@ -1,6 +1,7 @@
 """The analyses: separation of two prompt sets, answers by depth, judges; bad input gets one clear error."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -111,7 +112,9 @@ def safety(path: Path, prompts: Path, out: Path, judge: str) -> list[tuple[float
 def test_safety_by_loop_with_a_judge_of_ones_own(folder: Path, prompts: Path, tmp_path: Path) -> None:
     (tmp_path / "judge.py").write_text(JUDGE)
     out = tmp_path / "out"
-    found = run_ranks(safety, 1, folder, prompts, out, f"command: {sys.executable} {tmp_path / 'judge.py'}")[0]
+    found = run_ranks(
+        safety, 1, folder, prompts, out, f"command: {shlex.quote(sys.executable)} {tmp_path / 'judge.py'}"
+    )[0]
     saved = json.loads((out / "safety.json").read_text())
     assert len(saved["items"]) == 9
     for loop, (mean, harmful) in enumerate(found, start=1):

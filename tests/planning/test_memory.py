@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +86,17 @@ def _kept(wanted: Layout, context: ParallelContext) -> int:
     with Storages() as storages:
         result = lm.run_layers(h_sbh, rotary)
     # The result is the next layer's input and counted there.
-    return storages.alive([*lm.parameters(), rotary, h_sbh, result]) + h_sbh.untyped_storage().nbytes()
+    without = [*lm.parameters(), rotary, h_sbh, result]
+    own = h_sbh.untyped_storage().nbytes()
+    deadline = time.monotonic() + 5.0
+    # Gloo's threads let go of the tensors of a finished collective a little later.
+    while (kept := storages.alive(without) + own) > expected(wanted) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return kept
+
+
+def expected(wanted: Layout) -> float:
+    return layer_bytes(wanted, wanted.recompute) + gather_buffer(wanted)
 
 
 @pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
@@ -96,4 +107,4 @@ def test_a_layer_keeps_what_the_plan_says(tensor: int, sequence: bool) -> None:
         for mode, size in itertools.product(modes, (2, 4))
     ]
     for measured in run_ranks(kept_by_a_layer, tensor, wanted):
-        assert measured == [layer_bytes(each, each.recompute) + gather_buffer(each) for each in wanted]
+        assert measured == [expected(each) for each in wanted]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -63,7 +64,7 @@ class Project:
             "exclusive": False,
             "partition": "main",
             "grace_seconds": 60,
-            "command": str(OURO),
+            "command": shlex.quote(str(OURO)),
             "environment": {"OMP_NUM_THREADS": "1"},
         }
         (folder / "cluster.yaml").write_text(yaml.safe_dump(cluster))
