@@ -1,6 +1,7 @@
 """Nemotron-Pretraining-SFT-v1: question and answer flattened into `text`, each folder in a way of its own."""
 
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -44,9 +45,9 @@ class NemotronSft(TextTable):
                 return Document(key, "", fields=row, messages=messages)
         return super().document(row, keys)
 
+    @abstractmethod
     def turns(self, text: str) -> Messages | None:
         """The conversation in a flattened text; None when it has another form. Raises ValueError when it is broken."""
-        raise NotImplementedError
 
 
 class NemotronSftGeneral(NemotronSft):
