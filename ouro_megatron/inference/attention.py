@@ -131,7 +131,7 @@ def attend(job: Job, cache: KeyValueCache, layer: int, q_nhd: Tensor, k_ngd: Ten
 
 def _attend_one(q_bgrd: Tensor, key_bgsd: Tensor, value_bgsd: Tensor, mask: Tensor | None) -> Tensor:
     if q_bgrd.dtype == torch.bfloat16 and q_bgrd.device.type == "cpu":
-        # torch's fused CPU kernel takes up to six times as long in bf16 for a single query row (docs/results.md).
+        # torch's fused CPU kernel takes up to six times as long in bf16 for a single query row (docs/results).
         scores = torch.matmul(q_bgrd, key_bgsd.transpose(-1, -2)).float() / math.sqrt(q_bgrd.shape[-1])
         if mask is not None:
             scores = scores + mask

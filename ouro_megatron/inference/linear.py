@@ -1,7 +1,7 @@
 """y = x W^T without a bias, with W in the layout that the processor multiplies fastest.
 
 On x86 CPUs oneDNN multiplies few rows two to four times faster from a weight it has reordered once than
-`torch.nn.functional.linear` does from a plain one (docs/results.md), and a decode step is little else.
+`torch.nn.functional.linear` does from a plain one (docs/results), and a decode step is little else.
 """
 
 import torch
