@@ -170,9 +170,28 @@ class ParallelSection(Section):
     """A collective that waits longer ends the job with a message."""
 
 
+class Fp8Section(Section):
+    """Matrix products of the layers in 8-bit floats; loss head, gate, norms and attention stay as `compute` says."""
+
+    recipe: Literal["current", "blockwise", "delayed", "mxfp8"] = "current"
+    """How tensors are scaled: `current` by their own maximum, `blockwise` in tiles of 1 x 128 and 128 x 128, `delayed` by
+    the maxima of earlier visits (of all loops together), `mxfp8` in blocks of 32 (Blackwell)."""
+    first_layers_bf16: Annotated[int, Field(ge=0)] = 0
+    """The model's first layers, of `model.layers`, that stay in bf16, on every visit."""
+    last_layers_bf16: Annotated[int, Field(ge=0)] = 0
+    amax_history: PositiveInt = 16
+    """Visits that `delayed` looks back on."""
+    parameters: bool = False
+    """Keep the layers' weights in 8 bits and gather those over the data-parallel group."""
+    emulate: bool = False
+    """Round to 8 bits and back in plain torch, on any device: the numbers without the speed. For `model.implementation:
+    local`."""
+
+
 class PrecisionSection(Section):
     compute: Literal["fp32", "bf16"] = "bf16"
     """dtype of weights and activations; the optimizer keeps fp32 copies, gradients are reduced in fp32."""
+    fp8: Fp8Section | None = None
 
 
 class TrainingSection(Section):
