@@ -94,6 +94,7 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
         recompute=recipe.training.recompute,
         recompute_loops=recipe.training.recompute_loops,
         layers_by_rank=layers,
+        fp8=recipe.precision.fp8,
     )
     if start.folder is None:
         initialise(lm, recipe.training.seed)
