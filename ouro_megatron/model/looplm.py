@@ -6,6 +6,7 @@ The layers exist once; `loops` is whatever the caller asks for. The normed state
 checkpoints of arXiv 2510.25741).
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -111,10 +112,14 @@ class LoopLM(MegatronModule):
         self.exit_gate: ExitGate | None = None
         if context.is_last_stage:
             self.exit_gate = ExitGate(model.hidden, dtype, context.device, context.sequence_parallel)
+            # The loss head makes this weight's gradient itself; Megatron would ask for apex's kernel here even where
+            # Transformer Engine's linears fuse their own.
+            head_config = copy.copy(config)
+            head_config.gradient_accumulation_fusion = False
             self.output_layer = ColumnParallelLinear(
                 model.hidden,
                 model.vocab,
-                config=config,
+                config=head_config,
                 init_method=config.init_method,
                 bias=False,
                 tp_group=groups.tp,

@@ -25,7 +25,8 @@ def tensor_scale(amax: Tensor, form: torch.dtype) -> Tensor:
 
     1 where amax is zero or not finite; the largest fp32 where it would not be representable.
     """
-    scale = torch.finfo(form).max / amax
+    # A number divided by a tensor would be the reciprocal times the number: two roundings.
+    scale = torch.full_like(amax, torch.finfo(form).max) / amax
     scale = torch.where(torch.isinf(scale), _LARGEST_FP32, scale)
     return torch.where((amax == 0) | ~torch.isfinite(amax), 1.0, scale)
 
@@ -55,11 +56,11 @@ def e8m0_scale(amax: Tensor, form: torch.dtype) -> Tensor:
 def round_trip(x: Tensor, scale: Tensor, form: torch.dtype) -> Tensor:
     """x rounded to `form` at `scale` (fp32, broadcast against x) and back, in fp32 or wider.
 
-    Beyond the largest value, infinities included, the result saturates; NaN stays NaN.
+    Scaling is a product in fp32. Beyond the largest value, infinities included, the result saturates; NaN stays NaN.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = torch.finfo(form).max
-    return (wide * scale).clamp(-largest, largest).to(form).to(wide.dtype) * scale.reciprocal()
+    eight_bits = (x.float() * scale).clamp(-largest, largest).to(form)
+    return eight_bits.to(torch.promote_types(x.dtype, torch.float32)) * scale.reciprocal()
 
 
 def amax_of(x: Tensor) -> Tensor:
