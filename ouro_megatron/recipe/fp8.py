@@ -21,7 +21,7 @@ def check_fp8(recipe: Recipe) -> Iterator[str]:
             f"none of model.layers={recipe.model.layers} in FP8; lower them, or remove precision.fp8"
         )
     if fp8.recipe == "delayed":
-        yield from _delayed(recipe)
+        yield from _delayed(recipe, fp8)
     yield from _shapes(recipe, fp8)
 
 
@@ -58,11 +58,16 @@ def _where_it_runs(recipe: Recipe, fp8: Fp8Section) -> Iterator[str]:
         yield "precision.fp8.parameters saves memory where weights are trained; objective.kind=gate trains none, remove it"
 
 
-def _delayed(recipe: Recipe) -> Iterator[str]:
+def _delayed(recipe: Recipe, fp8: Fp8Section) -> Iterator[str]:
     if recipe.training.recompute == "full":
         yield (
             "precision.fp8.recipe=delayed with training.recompute=full: a layer made again in backward would be scaled by "
             "another visit's maxima; use recompute=selective or none, or another FP8 recipe (current, blockwise)"
+        )
+    if not fp8.emulate and fp8.first_layers_bf16 + fp8.last_layers_bf16:
+        yield (
+            "precision.fp8.recipe=delayed cannot keep first or last layers in bf16 (Megatron-Core); set "
+            "first_layers_bf16 and last_layers_bf16 to 0, or use current or blockwise"
         )
     if recipe.objective.kind == "gate":
         yield (
