@@ -8,7 +8,8 @@
 2. The model that was trained in bf16 is run with each recipe on held-out text at 1 to 8 loops, in fp32 but for the
    rounding to 8 bits, so that nothing else differs: relative error of the states, of the logits and of the gradients.
 
-Prints tables in Markdown, writes fp8-curves.png and fp8-loops.png below --out, and all numbers into runs/fp8/numbers.json.
+Prints tables in Markdown, writes fp8-curves.png and fp8-loops.png below --out, and all numbers into
+runs/fp8/numbers.json.
 """
 
 import argparse
@@ -47,12 +48,12 @@ class Way:
 ENDS = (("first_layers_bf16", 1), ("last_layers_bf16", 1))
 WAYS = [
     Way("bf16"),
-    Way("fp32", ("precision.compute=fp32",)),
     Way("current", fp8=(("recipe", "current"),)),
     Way("blockwise", fp8=(("recipe", "blockwise"),)),
     Way("delayed", fp8=(("recipe", "delayed"),)),
     Way("mxfp8", fp8=(("recipe", "mxfp8"),)),
     Way("current-ends-bf16", fp8=(("recipe", "current"), *ENDS)),
+    Way("fp32", ("precision.compute=fp32",)),
 ]
 
 

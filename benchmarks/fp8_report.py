@@ -110,7 +110,9 @@ def draw_loops(errors: dict[str, Any], path: Path) -> None:
         for axis, measure in zip(axes, ("state", "logits", "gradient"), strict=True):
             for name, row in errors.items():
                 values = row[measure]
-                axis.plot(range(1, len(values) + 1), values, marker="o", markersize=3, color=COLOURS[name], label=SHOWN[name])
+                axis.plot(
+                    range(1, len(values) + 1), values, marker="o", markersize=3, color=COLOURS[name], label=SHOWN[name]
+                )
             axis.set(title=f"Relative {MEASURES[measure]}", xlabel="loop", yscale="log")
         axes[0].legend()
         figure.tight_layout()

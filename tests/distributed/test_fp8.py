@@ -56,7 +56,9 @@ def test_every_recipe(layouts: list[Fp8Layout]) -> None:
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputation(recompute: Any) -> None:
-    layouts = [Fp8Layout(recipe, recompute=recompute) for recipe in RECIPES if (recipe, recompute) != ("delayed", "full")]
+    layouts = [
+        Fp8Layout(recipe, recompute=recompute) for recipe in RECIPES if (recipe, recompute) != ("delayed", "full")
+    ]
     check(layouts)
 
 
