@@ -153,7 +153,7 @@ def test_a_weight_is_rounded_once_a_step(recompute: str) -> None:
 
 
 def test_delayed_scaling_trains_over_a_pipeline() -> None:
-    """Its numbers depend on the order of visits, so there is no reference: losses stay near those of current scaling."""
+    """Its numbers depend on the order of visits, so there is no reference: losses stay near current scaling's."""
     current, delayed = (run_ranks(pipeline_losses, 2, recipe) for recipe in ("current", "delayed"))
     np.testing.assert_allclose(delayed[0], current[0], rtol=0.02)
     assert delayed[0] == delayed[1] and delayed[0] != current[0]

@@ -39,7 +39,7 @@ def test_good(tmp_path: Path, recipe: str) -> None:
         ([], ["model.implementation=local", "transformer_engine", "precision.fp8.emulate=true"]),
         ([*EMULATED, REAL[0]], ["emulate=true", "model.implementation=local"]),
         ([REAL[0], "precision.compute=fp32"], ["precision.compute=bf16", "not fp32"]),
-        ([*EMULATED, "precision.fp8.parameters=true"], ["precision.fp8.parameters=true", "remove it"]),
+        ([*EMULATED, "precision.fp8.parameters=true"], ["precision.fp8.parameters=true", "remove one"]),
         (
             [*EMULATED, "precision.fp8.first_layers_bf16=2", "precision.fp8.last_layers_bf16=2"],
             ["none of model.layers=4"],
