@@ -82,13 +82,14 @@ def curves() -> dict[str, dict[str, list[float]]]:
 
 def held_out_tokens(sequences: int) -> Tensor:
     """int64 [sequences, 129] of held-out prose and code in turn."""
-    from ouro_megatron.data.tokens import TokenReader
+    from ouro_megatron.data.tokens import Stretch, TokenReader
 
     rows = []
     for name in ("prose", "code"):
         reader = TokenReader(ROOT / "data" / "demo" / f"{name}-validation")
-        flat = torch.cat([torch.as_tensor(reader.document(i).astype("int64")) for i in range(min(400, len(reader)))])
-        rows.append(flat[: sequences // 2 * 129].view(-1, 129))
+        whole = [Stretch(index, 0, int(length)) for index, length in enumerate(reader.lengths)]
+        tokens, _ = reader.read(whole)
+        rows.append(torch.from_numpy(tokens[: sequences // 2 * 129]).view(-1, 129))
     return torch.cat(rows)
 
 

@@ -45,7 +45,7 @@ def _where_it_runs(recipe: Recipe, fp8: Fp8Section) -> Iterator[str]:
                 "real FP8 kernels; set model.implementation=local, or emulate=false"
             )
         if fp8.parameters:
-            yield "precision.fp8.parameters=true needs Transformer Engine's FP8 tensors, not emulate=true; remove one of them"
+            yield "precision.fp8.parameters=true needs Transformer Engine's FP8 tensors, not emulate=true; remove one"
         return
     if local:
         yield (
@@ -55,7 +55,7 @@ def _where_it_runs(recipe: Recipe, fp8: Fp8Section) -> Iterator[str]:
     if recipe.precision.compute != "bf16":
         yield f"precision.fp8 needs precision.compute=bf16 for what stays out of FP8, not {recipe.precision.compute}"
     if fp8.parameters and recipe.objective.kind == "gate":
-        yield "precision.fp8.parameters=true keeps trained weights in 8 bits; objective.kind=gate trains none, remove it"
+        yield "precision.fp8.parameters=true keeps trained weights in 8 bits; objective.kind=gate trains none"
 
 
 def _delayed(recipe: Recipe) -> Iterator[str]:
