@@ -82,10 +82,10 @@ class SandwichLayer(TransformerLayer):
                 rotary_pos_emb=rotary_pos_emb,
                 packed_seq_params=packed_seq_params,
             )
-        hidden_states = hidden_states + self.post_attention_norm(attention)
+        hidden_states = self.post_attention_norm(attention, hidden_states)
         normed = self.pre_mlp_layernorm(hidden_states)
         mlp, _ = self._mlp(normed, hidden_states)
-        return hidden_states + self.post_mlp_norm(mlp), context
+        return self.post_mlp_norm(mlp, hidden_states), context
 
     def _mlp(self, normed: Tensor, source: Tensor) -> tuple[Tensor, Tensor | None]:
         """The feed-forward part on `normed`, the norm of `source`."""
