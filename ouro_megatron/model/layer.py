@@ -164,7 +164,7 @@ def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
     except ImportError as error:
         raise RecipeError(
             "model.implementation: transformer_engine is not installed on this machine; install it beside the CUDA "
-            "build of torch (pip install 'transformer-engine[pytorch]') or use model.implementation=local"
+            "build of torch (docs/gpu.md; `ouro doctor` shows what is missing) or use model.implementation=local"
         ) from error
     layer = _sandwich_layer(
         norm=TENorm,
