@@ -14,7 +14,7 @@ from ouro_megatron.model.looplm import LoopLM, initialise
 from ouro_megatron.parallel.context import ParallelContext, create_context
 from ouro_megatron.recipe.schema import Fp8Section, ModelSection, ObjectiveSection, OptimizerSection, ParallelSection
 from ouro_megatron.training.engine import Engine, Microbatch
-from tests.distributed.fp8_parity import Fp8Differences, Fp8Layout, compare_all
+from tests.distributed.fp8_parity import Fp8Differences, Fp8Layout, both, compare_all
 from tests.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -23,7 +23,7 @@ RECIPES = ("current", "blockwise", "delayed", "mxfp8")
 
 
 def check(layouts: list[Fp8Layout]) -> None:
-    results = run_ranks(compare_all, layouts[0].ranks, layouts, timeout=200)
+    results = run_ranks(compare_all, layouts[0].ranks, layouts, [both(layout) for layout in layouts], timeout=200)
     for layout, by_rank in zip(layouts, zip(*results, strict=True), strict=True):
         assert max(result.against_exact for result in by_rank) > 0.05, (layout, "rounding should have mattered")
         for result in by_rank:

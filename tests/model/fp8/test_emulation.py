@@ -82,7 +82,7 @@ def test_a_whole_model_stays_near_the_exact_one(context: ParallelContext, recipe
         parts = [p.main_grad.flatten() for p in engine.lm.decoder.layers.parameters() if p.dim() > 1]
         gradients.append(torch.cat(parts))
     assert losses[3] == pytest.approx(losses[1], rel=0.01) and losses[3] != losses[1]
-    assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.98
+    assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.95
 
 
 def test_which_layers(context: ParallelContext) -> None:
