@@ -126,6 +126,7 @@ def test_emulated_fp8_goes_on_bit_exactly(whole: tuple[Path, list[float], float]
         "model": {"layers": 4, "hidden": 64, "heads": 4, "ffn": 64, "vocab": 128, "loops": 2},
         "precision": {"compute": "bf16", "fp8": {"recipe": recipe, "emulate": True, "first_layers_bf16": 1}},
         "batch": {"global_tokens": 256, "microbatch": 2},
+        "schedule": {"warmup": "1 steps"},
     }
     short = {"total": "4 steps"}
     straight = losses(train(folder, "pp2dp2", name=f"straight-{recipe}", budget=short, **sections))
