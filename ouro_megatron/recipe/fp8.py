@@ -21,7 +21,7 @@ def check_fp8(recipe: Recipe) -> Iterator[str]:
             f"leave none of model.layers={recipe.model.layers} in FP8; lower them, or remove precision.fp8"
         )
     if fp8.recipe == "delayed":
-        yield from _delayed(recipe)
+        yield from _delayed(recipe, fp8)
     yield from _shapes(recipe, fp8)
 
 
@@ -54,11 +54,23 @@ def _where_it_runs(recipe: Recipe, fp8: Fp8Section) -> Iterator[str]:
         )
     if recipe.precision.compute != "bf16":
         yield f"precision.fp8 needs precision.compute=bf16 for what stays out of FP8, not {recipe.precision.compute}"
+    most = recipe.model.layers // recipe.parallel.pipeline
+    for field, count in (("first", fp8.first_layers_bf16), ("last", fp8.last_layers_bf16)):
+        if count > most:
+            yield (
+                f"precision.fp8.{field}_layers_bf16={count} is more than Megatron-Core takes, the {most} layers of a "
+                "pipeline rank; lower it, or parallel.pipeline"
+            )
     if fp8.parameters and recipe.objective.kind == "gate":
         yield "precision.fp8.parameters=true keeps trained weights in 8 bits; objective.kind=gate trains none"
 
 
-def _delayed(recipe: Recipe) -> Iterator[str]:
+def _delayed(recipe: Recipe, fp8: Fp8Section) -> Iterator[str]:
+    if fp8.first_layers_bf16 + fp8.last_layers_bf16 and not fp8.emulate:
+        yield (
+            "precision.fp8.recipe=delayed keeps one FP8 context for all layers of a rank: first_layers_bf16 and "
+            "last_layers_bf16 must be 0; use current or blockwise to leave layers out"
+        )
     if recipe.training.recompute == "full":
         yield (
             "precision.fp8.recipe=delayed with training.recompute=full: a layer made again in backward would be scaled "

@@ -52,6 +52,11 @@ def test_good(tmp_path: Path, recipe: str) -> None:
             [*EMULATED, "precision.fp8.recipe=delayed", "objective.kind=gate", "init.checkpoint=x"],
             ["objective.kind=gate", "current"],
         ),
+        (
+            [*REAL, "parallel.pipeline=4", "precision.fp8.first_layers_bf16=2", "batch.global_tokens=4Ki"],
+            ["first_layers_bf16=2", "the 1 layers"],
+        ),
+        ([*REAL, "precision.fp8.recipe=delayed", "precision.fp8.first_layers_bf16=1"], ["must be 0", "blockwise"]),
         ([*REAL, "precision.fp8.parameters=true", "objective.kind=gate", "init.checkpoint=x"], ["trains none"]),
         ([*EMULATED, "model.ffn=264"], ["model.ffn=264", "multiple of 16"]),
         ([*EMULATED, "precision.fp8.recipe=mxfp8", "model.ffn=272"], ["model.ffn=272", "multiple of 32"]),
