@@ -1,7 +1,7 @@
 """Documents that lie in one sequence and must not see each other: block-diagonal causal attention without a mask."""
 
-from collections.abc import Mapping
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
