@@ -228,8 +228,8 @@ def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
 
 def _no_transformer_engine() -> RecipeError:
     return RecipeError(
-        "model.implementation: transformer_engine is not installed on this machine; install it beside the CUDA build of "
-        "torch (docs/gpu.md; `ouro doctor` shows what is missing) or use model.implementation=local"
+        "model.implementation: transformer_engine is not installed on this machine; install it beside the CUDA build "
+        "of torch (docs/gpu.md; `ouro doctor` shows what is missing) or use model.implementation=local"
     )
 
 
