@@ -96,7 +96,7 @@ def _document_begins(documents: Sequence[int], rows: int, length: int) -> list[l
 
 def _begin_of_each(begins: list[int], length: int) -> Tensor:
     """int64 [length]: where each token's document begins."""
-    bounds = torch.tensor([*begins, length])
+    bounds = torch.tensor([*begins, length], device="cpu")
     return bounds[:-1].repeat_interleave(bounds.diff())
 
 
@@ -121,13 +121,13 @@ def _sight(begins: list[list[int]], places: Tensor, first: int, count: int, devi
 
 
 def _bounds(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
 
 
 def context_attention(query: Tensor, key: Tensor, value: Tensor, part: ContextPart, group: dist.ProcessGroup) -> Tensor:
-    """query [s / size, b, n, d], key and value [s / size, b, g, d] -> [s / size, b, n, d]. All ranks of `group` call it.
+    """query [s / size, b, n, d], key and value [s / size, b, g, d] -> [s / size, b, n, d].
 
-    Communication: one all-gather of keys and values; in backward the same again and one reduce-scatter.
+    All ranks of `group` call it together. Communication: one all-gather of keys and values; in backward the same again and one reduce-scatter.
     """
     s, b, n, d = query.shape
     seen = _GatherSeen.apply(key, value, part, group)

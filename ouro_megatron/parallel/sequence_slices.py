@@ -14,11 +14,12 @@ def slice_numbers(rank: int, size: int) -> tuple[int, int]:
 
 
 def own_positions(length: int, rank: int, size: int) -> Tensor:
-    """int64 [length / size]: where this rank's tokens lie in a sequence of `length`, a multiple of 2 `size`."""
+    """int64 [length / size] on the CPU: where this rank's tokens lie in a sequence of `length`, a multiple of 2 `size`."""
     if size == 1:
-        return torch.arange(length)
+        return torch.arange(length, device="cpu")
     each = length // (2 * size)
-    return torch.cat([torch.arange(number * each, (number + 1) * each) for number in slice_numbers(rank, size)])
+    begins = [number * each for number in slice_numbers(rank, size)]
+    return torch.cat([torch.arange(begin, begin + each, device="cpu") for begin in begins])
 
 
 def own_tokens(whole_bs: Tensor, rank: int, size: int) -> Tensor:
@@ -31,8 +32,8 @@ def own_tokens(whole_bs: Tensor, rank: int, size: int) -> Tensor:
 
 
 def places_in_gathered(length: int, size: int) -> Tensor:
-    """int64 [length]: where each token of a sequence lies when the ranks' parts are laid end to end in rank order."""
+    """int64 [length] on the CPU: where each token of a sequence lies when the ranks' parts are laid end to end in rank order."""
     gathered = torch.cat([own_positions(length, rank, size) for rank in range(size)])
     places = torch.empty_like(gathered)
-    places[gathered] = torch.arange(length)
+    places[gathered] = torch.arange(length, device="cpu")
     return places

@@ -21,7 +21,7 @@ class RankMemory:
     gradients: float
     """Megatron's fp32 gradient buffer."""
     optimizer: float
-    """This data-parallel rank's share of Adam's moments and, in bf16, the fp32 weights."""
+    """This data- and context-parallel rank's share of Adam's moments and, in bf16, the fp32 weights."""
     activations: float
     """At the moment when most is held."""
     visits_in_flight: int
@@ -134,7 +134,7 @@ def rank_memory(layout: Layout, rank: int) -> RankMemory:
         parameters=parameters,
         weights=parameters * size,
         gradients=4.0 * trained,
-        optimizer=trained * (12 if size == 2 else 8) / layout.data,
+        optimizer=trained * (12 if size == 2 else 8) / layout.replicas,
         activations=most_held(*shape, lambda loop: visit_bytes(layout, rank, loop)),
         visits_in_flight=most_in_flight(*shape),
         head=head_bytes(layout) if rank == layout.pipeline - 1 else 0.0,

@@ -82,13 +82,13 @@ def show_search(plans: list[Plan], console: Console, rows: int) -> None:
     """Prints the best layouts, fastest first; batch is sequences a microbatch, m microbatches, red does not fit."""
     fitting = sum(plan.fits for plan in plans)
     table = Table(title=f"{len(plans)} layouts can run, {fitting} fit into memory; the first {min(rows, len(plans))}")
-    for name in ("TP", "PP", "DP", "batch", "m", "recompute", "s/step", "tok/s", "MFU", "bubble", "GiB", "days"):
+    for name in ("TP", "CP", "PP", "DP", "batch", "m", "recompute", "s/step", "tok/s", "MFU", "bubble", "GiB", "days"):
         table.add_column(name, justify="left" if name == "recompute" else "right")
     for plan in plans[:rows]:
         layout = plan.layout
         memory = f"{plan.peak_bytes / GIB:.1f}" if plan.fits else f"[red]{plan.peak_bytes / GIB:.1f}![/]"
         table.add_row(
-            *(str(number) for number in (layout.tensor, layout.pipeline, layout.data)),
+            *(str(number) for number in (layout.tensor, layout.context, layout.pipeline, layout.data)),
             str(layout.microbatch),
             str(layout.microbatches),
             layout.recompute,
@@ -103,7 +103,7 @@ def show_search(plans: list[Plan], console: Console, rows: int) -> None:
     if fitting:
         best = plans[0].layout
         console.print(
-            f"Best: parallel.tensor={best.tensor} parallel.pipeline={best.pipeline} "
+            f"Best: parallel.tensor={best.tensor} parallel.context={best.context} parallel.pipeline={best.pipeline} "
             f"parallel.sequence={str(best.sequence_parallel).lower()} batch.microbatch={best.microbatch} "
             f"training.recompute={best.recompute}",
             markup=False,
@@ -119,6 +119,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "gpu": plan.gpu.name,
         "world": layout.world,
         "tensor": layout.tensor,
+        "context": layout.context,
         "pipeline": layout.pipeline,
         "data": layout.data,
         "sequence_parallel": layout.sequence_parallel,
