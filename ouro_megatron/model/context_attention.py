@@ -127,7 +127,8 @@ def _bounds(lengths: list[int]) -> Tensor:
 def context_attention(query: Tensor, key: Tensor, value: Tensor, part: ContextPart, group: dist.ProcessGroup) -> Tensor:
     """query [s / size, b, n, d], key and value [s / size, b, g, d] -> [s / size, b, n, d].
 
-    All ranks of `group` call it together. Communication: one all-gather of keys and values; in backward the same again and one reduce-scatter.
+    All ranks of `group` call it together. Communication: one all-gather of keys and values; in backward the same again
+    and one reduce-scatter of their gradients.
     """
     s, b, n, d = query.shape
     seen = _GatherSeen.apply(key, value, part, group)

@@ -14,7 +14,7 @@ def slice_numbers(rank: int, size: int) -> tuple[int, int]:
 
 
 def own_positions(length: int, rank: int, size: int) -> Tensor:
-    """int64 [length / size] on the CPU: where this rank's tokens lie in a sequence of `length`, a multiple of 2 `size`."""
+    """int64 [length / size], on the CPU: this rank's positions in a sequence of `length`, a multiple of 2 `size`."""
     if size == 1:
         return torch.arange(length, device="cpu")
     each = length // (2 * size)
@@ -32,7 +32,7 @@ def own_tokens(whole_bs: Tensor, rank: int, size: int) -> Tensor:
 
 
 def places_in_gathered(length: int, size: int) -> Tensor:
-    """int64 [length] on the CPU: where each token of a sequence lies when the ranks' parts are laid end to end in rank order."""
+    """Where each token of a sequence lies when the ranks' parts are laid end to end: int64 [length], on the CPU."""
     gathered = torch.cat([own_positions(length, rank, size) for rank in range(size)])
     places = torch.empty_like(gathered)
     places[gathered] = torch.arange(length, device="cpu")

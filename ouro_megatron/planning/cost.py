@@ -38,7 +38,7 @@ class Traffic:
 
 
 class Costs:
-    """Times of a layout on a GPU. Tensor-parallel ranks are neighbours, then context-, data- and pipeline-parallel ones."""
+    """Times of a layout on a GPU. Tensor-parallel ranks are neighbours, then context-, data-, pipeline-parallel."""
 
     def __init__(self, layout: Layout, gpu: Gpu, efficiency: Efficiency) -> None:
         self.layout = layout

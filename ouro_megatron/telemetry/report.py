@@ -109,9 +109,8 @@ def _layout(stage: Stage) -> str:
         return ""
     parallel = stage.recipe.parallel
     context = f" × CP {parallel.context}" if parallel.context > 1 else ""
-    return f"TP {parallel.tensor}{context} × PP {parallel.pipeline}" + (
-        f" × DP {parallel.data}" if parallel.data else ""
-    )
+    data = f" × DP {parallel.data}" if parallel.data else ""
+    return f"TP {parallel.tensor}{context} × PP {parallel.pipeline}{data}"
 
 
 def _swatch(depth: int, loops: int) -> dict[str, Any]:

@@ -68,8 +68,7 @@ def dry_run(recipe: Recipe, world: int, *, gpu: str = "h100", data: bool = True,
 
 
 def ranks_to_try(layout: Layout) -> dict[int, str]:
-    """Global rank -> role: each pipeline position, and at both ends the last tensor-, context- and data-parallel peer as
-    well."""
+    """Global rank -> role: each pipeline position, and at both ends the last peer in each other dimension as well."""
     tensor, size, data, pipeline = layout.tensor, layout.context, layout.data, layout.pipeline
 
     def number(pipeline_rank: int, tensor_rank: int = 0, context_rank: int = 0, data_rank: int = 0) -> int:

@@ -40,7 +40,11 @@ def test_good(tmp_path: Path) -> None:
         (["parallel.sequence=true"], None, ["parallel.sequence=true", "parallel.tensor > 1"]),
         (["parallel.context=2"], 3, ["3 ranks", "parallel.context=2 = 2"]),
         (["parallel.context=2", "parallel.tensor=2", "parallel.data=2"], 4, ["parallel.data=2 = 8"]),
-        (["parallel.context=3"], None, ["data.sequence_length=16", "2 x parallel.context=3", "parallel.context=2 would"]),
+        (
+            ["parallel.context=3"],
+            None,
+            ["data.sequence_length=16", "2 x parallel.context=3", "=2 would fit"],
+        ),
         (["parallel.context=16"], None, ["parallel.context=8 would fit"]),
         (
             ["parallel.context=8", "parallel.tensor=4", "parallel.sequence=true"],
