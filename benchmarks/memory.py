@@ -131,7 +131,7 @@ def step_engine(layout: Layout, context: ParallelContext) -> Engine:
 
 
 def train(layout: Layout, context: ParallelContext, steps: int = 3) -> None:
-    """Builds a model and trains it on random tokens. The second step is the first with Adam's moments from its start."""
+    """Builds a model and trains it on random tokens; Adam's moments are there from the end of the first step on."""
     engine = step_engine(layout, context)
     generator = torch.Generator().manual_seed(context.data_rank)
     shape = (layout.microbatch, layout.sequence)

@@ -130,18 +130,23 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor, part: ContextPa
     All ranks of `group` call it together. Communication: one all-gather of keys and values; in backward the same again
     and one reduce-scatter of their gradients.
     """
-    s, b, n, d = query.shape
     seen = _GatherSeen.apply(key, value, part, group)
     # Inside a backward pass this is a recomputed forward, whose own backward follows at once: nothing to drop.
     in_backward = torch._C._current_graph_task_id() != -1
     drop = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)) and not in_backward
     kept = (key.detach(), value.detach())
     with _gathered_again(seen, lambda: _seen(*kept, part, group)) if drop else nullcontext():
-        slices = query.unflatten(0, (2, s // 2)).transpose(1, 2).flatten(1, 2).unbind()
-        contexts = [
-            _attend(q_tnd, *keys_values.unbind(1), sight)
-            for q_tnd, keys_values, sight in zip(slices, seen, part.sights, strict=True)
-        ]
+        return attend_slices(query, seen, part)
+
+
+def attend_slices(query: Tensor, seen: tuple[Tensor, ...], part: ContextPart) -> Tensor:
+    """query [s / size, b, n, d], of each slice [keys, 2, g, d] in the order of its runs -> [s / size, b, n, d]."""
+    s, b, n, d = query.shape
+    slices = query.unflatten(0, (2, s // 2)).transpose(1, 2).flatten(1, 2).unbind()
+    contexts = [
+        _attend(q_tnd, *keys_values.unbind(1), sight)
+        for q_tnd, keys_values, sight in zip(slices, seen, part.sights, strict=True)
+    ]
     return torch.cat([context.view(b, s // 2, n, d).transpose(0, 1) for context in contexts])
 
 

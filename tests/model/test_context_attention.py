@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ouro_megatron.model.context_attention import ContextPart, context_attention
+from ouro_megatron.model.context_attention import ContextPart, attend_slices, context_attention
 from ouro_megatron.parallel.context import create_context
 from ouro_megatron.parallel.sequence_slices import own_positions, own_tokens, places_in_gathered
 from ouro_megatron.recipe.schema import ParallelSection
@@ -91,6 +91,38 @@ def worst_difference(cases: list[tuple[str, int]]) -> float:
 def test_values_and_gradients(size: int) -> None:
     cases = list(itertools.product(DOCUMENTS, (HEADS, 2, 1)))
     assert max(run_ranks(worst_difference, size, cases)) < 1e-13
+
+
+DEVICES = [
+    pytest.param("cpu", torch.float64, 1e-13, id="cpu"),
+    pytest.param("cuda", torch.bfloat16, 3e-2, id="cuda-bf16", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.float32, 1e-3, id="cuda-fp32", marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), DEVICES)
+@pytest.mark.parametrize("name", list(DOCUMENTS))
+@pytest.mark.parametrize("kv_heads", [HEADS, 2])
+def test_every_ranks_part_on_one_device(
+    device: str, dtype: torch.dtype, tolerance: float, name: str, kv_heads: int
+) -> None:
+    """The kernels of all ranks of a group of 4, one after the other, on whole keys and values in gathered order."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA")
+    size, documents = 4, DOCUMENTS[name]
+    gathered = torch.cat([own_positions(LENGTH, rank, size) for rank in range(size)])
+    *inputs, d_out = (x.to(device, dtype) for x in tensors(kv_heads))
+    q, k, v = (x.requires_grad_() for x in inputs)
+    tokens = torch.stack((k, v), dim=2)[gathered].flatten(0, 1)
+    results = []
+    for rank in range(size):
+        part = ContextPart.of(documents, ROWS, LENGTH, rank, size, torch.device(device))
+        seen = tuple(tokens.index_select(0, sight.where) for sight in part.sights)
+        results.append(attend_slices(q[own_positions(LENGTH, rank, size)], seen, part))
+    out = torch.cat(results)[places_in_gathered(LENGTH, size)]
+    found = (out.detach(), *torch.autograd.grad(out, (q, k, v), d_out))
+    for mine, whole in zip(found, whole_attention(documents, kv_heads), strict=True):
+        assert float((mine.cpu().double() - whole).abs().max()) < tolerance * float(whole.abs().max())
 
 
 class Communication(TorchDispatchMode):
