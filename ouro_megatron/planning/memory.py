@@ -76,7 +76,7 @@ def layer_bytes(layout: Layout, mode: Recompute) -> float:
     norm_scales = 4 * 4 * tokens / split
     softmax_sums = 4 * tokens * model.heads / layout.tensor
     head_dim = model.head_dim or model.hidden // model.heads
-    rotary = 4 * layout.sequence * head_dim * size  # cosine and sine, for queries and for keys
+    rotary = 4 * layout.sequence // layout.context * head_dim * size  # cosine and sine, for queries and for keys
     return size * tokens * values + norm_scales + softmax_sums + rotary
 
 
