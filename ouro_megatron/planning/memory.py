@@ -98,14 +98,13 @@ def visit_bytes(layout: Layout, rank: int, loop: int) -> float:
 
 
 def head_bytes(layout: Layout) -> float:
-    """Temporary need of the loss head on the last pipeline rank."""
+    """Temporary need of the loss head on the last pipeline rank (a CPU in bf16 needs a chunk in fp32 besides)."""
     model, size = layout.model, layout.bytes_per_value
     chunk, vocab = min(layout.chunk_tokens, layout.tokens), widths(layout)[3]
     hidden = layout.tokens * model.hidden * size
     gathered = hidden if layout.sequence_parallel else 0.0
-    if size == 2:  # fp32 softmax and gradient, bf16 gradient, bf16 product on its way to the fp32 buffer
-        return chunk * vocab * (4 + 4 + 2) + vocab * model.hidden * size + hidden + gathered
-    return chunk * vocab * (4 + 4) + hidden + gathered
+    # A chunk's logits are formed while the last one's, which have become their gradient, are still there.
+    return 2 * size * chunk * vocab + hidden + gathered
 
 
 def working_bytes(layout: Layout, loop: int) -> float:

@@ -74,7 +74,9 @@ def test_more_of_each_cure_needs_less_memory(recipe_file: Path) -> None:
     some = peak("training.recompute=full", "training.recompute_loops=2")
     assert full < some < plain and full < selective < plain
     assert peak("parallel.tensor=2", "parallel.sequence=true") < peak("parallel.tensor=2") < plain
-    assert peak("objective.chunk_tokens=256") < plain
+    few = plan_for(load(recipe_file, "objective.chunk_tokens=256"), 8, GPUS["h100"]).memory[0].head
+    many = plan_for(load(recipe_file), 8, GPUS["h100"]).memory[0].head
+    assert many - few == 2 * 2 * (1024 - 256) * 49_152
 
 
 def test_a_layout_that_does_not_fit_says_what_to_change(recipe_file: Path) -> None:
