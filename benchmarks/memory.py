@@ -87,13 +87,12 @@ def layouts(device: str) -> dict[str, Layout]:
         "t4-full": layout_on(device, recompute="full"),
         "t4-full-in-2-loops": layout_on(device, recompute="full", recompute_loops=2),
         "t4-grouped-heads": layout_on(device),
-        "t4-gate": layout_on(device, trains_model=False),
     }
     grouped = one["t4-grouped-heads"]
     model = grouped.model.model_copy(update={"kv_heads": grouped.model.heads // 4})
     one["t4-grouped-heads"] = replace(grouped, model=model)
     if device == "cuda":
-        return one
+        return one | {"t4-gate": layout_on(device, trains_model=False)}
     return one | {
         "t4-bf16": layout_on(device, bytes_per_value=2),
         "dp2-t4": layout_on(device, data=2),

@@ -29,10 +29,14 @@ class RankMemory:
     """Logits of one chunk and what becomes of them."""
     working: float
     """The largest temporary need of a backward task."""
+    update: float
+    """Temporary need of the optimizer's step, which comes when the activations are gone: torch's Adam on a GPU makes one
+    more fp32 copy of this rank's share, that of Transformer Engine or apex none."""
 
     @property
     def peak(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + max(self.head, self.working)
+        visits = self.activations + max(self.head, self.working)
+        return self.weights + self.gradients + self.optimizer + max(visits, self.update)
 
 
 def widths(layout: Layout) -> tuple[int, int, int, int]:
@@ -111,6 +115,8 @@ def working_bytes(layout: Layout, loop: int) -> float:
     """Temporary need of one layer's backward: gradients of its activations and, when recomputing, these themselves."""
     model, size = layout.model, layout.bytes_per_value
     _, _, ffn, _ = widths(layout)
+    if not layout.trains_model:  # no backward: the largest of forward
+        return size * layout.tokens * (3 * ffn + 3 * model.hidden) + gather_buffer(layout)
     gradients = size * layout.tokens * (6 * ffn + 3 * model.hidden) + size * 2 * ffn * model.hidden
     gradients = max(gradients, exchange_bytes(layout))
     again = layer_bytes(layout, "none") if layout.recomputes(loop) == "full" else 0.0
@@ -141,7 +147,7 @@ def rank_memory(layout: Layout, rank: int) -> RankMemory:
     trained = parameters if layout.trains_model else layout.model.hidden + 1
     # The most is held once the pipeline is full: more microbatches change nothing.
     shape = (layout.pipeline, rank, layout.loops, min(layout.microbatches, 4 * layout.pipeline))
-    working = max(working_bytes(layout, loop) for loop in range(layout.loops)) if layout.trains_model else 0.0
+    working = max(working_bytes(layout, loop) for loop in range(layout.loops))
     return RankMemory(
         parameters=parameters,
         weights=parameters * size,
@@ -151,4 +157,5 @@ def rank_memory(layout: Layout, rank: int) -> RankMemory:
         visits_in_flight=most_in_flight(*shape),
         head=head_bytes(layout) if rank == layout.pipeline - 1 else 0.0,
         working=working,
+        update=4.0 * trained / layout.replicas,
     )
