@@ -73,6 +73,7 @@ def layout_on(device: str, **changes: object) -> Layout:
         recompute_loops=None,
         bytes_per_value=2 if device == "cuda" else 4,
         chunk_tokens=1024 if device == "cuda" else 128,
+        on_gpu=device == "cuda",
     )
     changed = replace(plain, **changes)  # type: ignore[arg-type]
     return replace(changed, layers=changed.layers or tuple(balanced_layers(model, changed.pipeline, changed.sequence)))

@@ -29,7 +29,7 @@ from ouro_megatron.model.config import head_dim, transformer_config
 from ouro_megatron.model.context_attention import ContextPart
 from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.fp8.emulation import Fp8Emulation
-from ouro_megatron.model.layer import block_spec
+from ouro_megatron.model.layer import FUSED_NORMS, block_spec
 from ouro_megatron.model.layout import Split, split_of, take_shard, whole_shape
 from ouro_megatron.parallel.context import ParallelContext
 from ouro_megatron.recipe.layers import balanced_layers, fp8_layers
@@ -84,6 +84,7 @@ class LoopLM(MegatronModule):
             dtype=dtype,
             device=context.device,
             layers_by_rank=self._layers_by_rank,
+            fp8=fp8,
         )
         super().__init__(config=config)
         self.model = model
@@ -133,7 +134,7 @@ class LoopLM(MegatronModule):
     def _mark_tensor_parallel(self) -> None:
         """Says which parameters are cut over ranks. Megatron does so while initialising, which is skipped here;
         without it the gradient norm would count shards as copies."""
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_global_parameters():
             split = split_of(name)
             if split is not Split.WHOLE and not hasattr(parameter, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(
@@ -173,6 +174,8 @@ class LoopLM(MegatronModule):
         """To be called after each update and each load: copies of weights in another format are made anew."""
         if self.fp8_emulation is not None:
             self.fp8_emulation.weights_changed()
+        # Transformer Engine's linears make their FP8 copies in their next visit and keep them for all that follow.
+        self.set_is_first_microbatch()
 
     def _choose_recomputation(self, loop: int) -> None:
         mode = self._recompute
@@ -205,6 +208,8 @@ class LoopLM(MegatronModule):
         for name, parameter in self.named_parameters():
             if name.startswith("decoder.layers."):
                 _, _, index, rest = name.split(".", 3)
+                for fused, plain in FUSED_NORMS.items():
+                    rest = rest.replace(fused, plain)
                 name = f"decoder.layers.{int(index) + offset}.{rest}"
             yield name, parameter
 

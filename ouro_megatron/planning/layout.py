@@ -32,6 +32,8 @@ class Layout:
     """Tokens whose logits exist at one time."""
     context: int = 1
     """Ranks that share a sequence."""
+    on_gpu: bool = False
+    """Whether the kernels for CUDA run; they keep less for backward than plain torch on a CPU."""
     trains_model: bool = True
     """False in the gate stage, whose model runs without a graph."""
 
@@ -98,5 +100,6 @@ def layout_of(recipe: Recipe, world: int) -> Layout:
         recompute_loops=training.recompute_loops,
         bytes_per_value=2 if recipe.precision.compute == "bf16" else 4,
         chunk_tokens=recipe.objective.chunk_tokens,
+        on_gpu=training.device != "cpu",
         trains_model=recipe.objective.kind == "expected_loss",
     )

@@ -70,8 +70,13 @@ def layer_bytes(layout: Layout, mode: Recompute) -> float:
     query, key, ffn, _ = widths(layout)
     # The layer's input, the results of both sub-layers (inputs of their post-norms) and the stream between them.
     values = 4 * hidden
-    # The joint projection (value heads are a view of it), rotated queries and keys, the attention's result.
-    values += (query + 2 * key) + query + key + query
+    head_dim = model.head_dim or model.hidden // model.heads
+    values += query + 2 * key + query  # queries, keys and values, the attention's result
+    # One kernel on CUDA cuts queries, keys and values apart and turns them. In plain torch the joint projection is what
+    # is kept, values are a view of it, and turned queries and keys are kept besides, with cosines and sines of both.
+    in_one = layout.on_gpu and head_dim & (head_dim - 1) == 0
+    if not in_one:
+        values += query + key
     values += 2 * ffn
     if layout.context > 1:
         values += query  # the attention's result once more, of each slice by itself
@@ -79,8 +84,9 @@ def layer_bytes(layout: Layout, mode: Recompute) -> float:
         values += 2 * hidden + ffn  # both pre-norms' results, SwiGLU's result
     norm_scales = 4 * 4 * tokens / split
     softmax_sums = 4 * tokens * model.heads / layout.tensor
-    head_dim = model.head_dim or model.hidden // model.heads
-    rotary = 4 * layout.sequence // layout.context * head_dim * size  # cosine and sine, for queries and for keys
+    rotary = (
+        0 if in_one else 4 * layout.sequence // layout.context * head_dim * size
+    )  # cosine and sine, for queries and for keys
     return size * tokens * values + norm_scales + softmax_sums + rotary
 
 

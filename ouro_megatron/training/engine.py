@@ -191,6 +191,7 @@ class Engine:
         self.position.phase = "forward and backward"
         self.ddp.train()
         self.ddp.zero_grad_buffer()
+        self._spare_placeholders()
         if self.optimizer is not None:
             self.optimizer.zero_grad()
         means = self._run(batches, training=True).means()
@@ -261,6 +262,17 @@ class Engine:
             place = (context.context_rank, context.context_size, context.device)
             rows_part = ContextPart.of([length] * rows, rows, length, *place)
         return [batch.part(context, rows_part) for batch in batches]
+
+    def _spare_placeholders(self) -> None:
+        """Linears that add to `main_grad` themselves hand autograd a placeholder of the weight's size for Megatron's
+        hook, unless the parameter lacks this mark. Autograd would add the placeholders of all visits up; the hook is
+        only needed where gradients are reduced while backward runs.
+        """
+        if self.overlap or not self.lm.config.gradient_accumulation_fusion:
+            return
+        for parameter in self.lm.decoder.parameters():
+            if parameter.dim() == 2:
+                del parameter.grad_added_to_main_grad
 
     def _reduce_gradients(self, tokens: float) -> None:
         """One gradient reduction for the whole step, then division by the global token count."""

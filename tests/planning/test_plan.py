@@ -49,11 +49,11 @@ def test_golden_memory_of_the_1_4b_on_one_gpu(recipe_file: Path) -> None:
     assert memory.gradients == 4 * 1_434_652_673
     assert memory.optimizer == 12 * 1_434_652_673
     assert memory.visits_in_flight == 4
-    # 24 layers x 4 visits x 4096 tokens of 21.25 hidden widths in bf16, and the odd rest: worked out by hand.
-    layer = 2 * 4096 * (6 * 2048 + 6 * 2048 + 3 * 5632) + 16 * 4096 + 64 * 4096 + 4 * 4096 * 128 * 2
+    # 24 layers x 4 visits x 4096 tokens of 18.25 hidden widths in bf16, and the odd rest: worked out by hand.
+    layer = 2 * 4096 * (6 * 2048 + 4 * 2048 + 3 * 5632) + 16 * 4096 + 64 * 4096
     visit = 24 * layer + 2 * 4096 * 2048 * 2 + 4 * 4096 + 4 * 4096 * 2048 + 40 * 4096
     assert memory.activations == 4 * visit
-    assert 31 < memory.activations / GIB < 31.1
+    assert 27.6 < memory.activations / GIB < 27.7
 
 
 def test_bubble_mfu_and_shares_agree(recipe_file: Path) -> None:

@@ -138,9 +138,7 @@ class _Emulated(nn.Module):
     def _forward_impl(self, input: Tensor, weight: Tensor, **how: Any) -> Tensor:
         """Megatron's hook for the product: [s, b, k] -> [s, b, n]."""
         if how["sequence_parallel"]:
-            input = gather_from_sequence_parallel_region(
-                input, tensor_parallel_output_grad=True, group=how["tp_group"]
-            )
+            input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=how["tp_group"])
         elif how["allreduce_dgrad"]:
             input = copy_to_tensor_model_parallel_region(input, group=how["tp_group"])
         y_mn = _Products.apply(input.flatten(0, -2), weight, self, torch.is_grad_enabled())
