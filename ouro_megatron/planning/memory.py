@@ -30,8 +30,8 @@ class RankMemory:
     working: float
     """The largest temporary need of a backward task."""
     update: float
-    """Temporary need of the optimizer's step, which comes when the activations are gone: torch's Adam on a GPU makes one
-    more fp32 copy of this rank's share, that of Transformer Engine or apex none."""
+    """Temporary need of the optimizer's step, which comes when the activations are gone. Torch's Adam on a GPU makes one
+    more fp32 copy of this rank's share; Transformer Engine's and apex's none."""
 
     @property
     def peak(self) -> float:

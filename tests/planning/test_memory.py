@@ -93,7 +93,7 @@ def _kept(wanted: Layout, context: ParallelContext) -> int:
     # The result is the next layer's input and counted there.
     without = [*lm.parameters(), rotary, h_sbh, result]
     if part is not None:  # masks are the same for all layers
-        without += [mask for sight in part.sights for mask in sight.masks.values()]
+        without += [mask for sight in part.sights for mask in sight.masks]
     own = h_sbh.untyped_storage().nbytes()
     deadline = time.monotonic() + 5.0
     # Gloo's threads let go of the tensors of a finished collective a little later.
