@@ -6,7 +6,7 @@ nothing of size tokens x vocabulary outlives its chunk.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -60,12 +60,16 @@ def token_cross_entropy(
     for start in range(0, hidden.shape[0], chunk_tokens):
         part = slice(start, start + chunk_tokens)
         logits = (hidden[part] @ weight.t()).to(wide)
-        ce, softmax, local_label, is_local = _chunk_cross_entropy(logits, labels_n[part], first_id, head)
-        ce_n[part] = ce
+        chunk = _chunk_cross_entropy(logits, labels_n[part], first_id, head)
+        ce_n[part] = chunk.ce_n
         if coefficient_n is None or d_hidden is None or d_weight is None:
             continue
-        d_logits = softmax.scatter_add_(1, local_label[:, None], -is_local.to(wide)[:, None])
-        d_logits = (d_logits * coefficient_n[part].to(wide)[:, None]).to(weight.dtype)
+        # From exponentials to gradients in one pass over the logits' own memory.
+        coefficient = coefficient_n[part].to(wide)
+        logits.mul_((coefficient / chunk.denominator_n)[:, None])
+        logits.scatter_add_(1, chunk.local_label_n[:, None], -(chunk.is_local_n * coefficient)[:, None])
+        d_logits = logits.to(weight.dtype)
+        del logits
         d_hidden[part] = d_logits @ weight
         if d_weight.dtype == d_logits.dtype:
             d_weight.addmm_(d_logits.t(), hidden[part])
@@ -77,24 +81,33 @@ def token_cross_entropy(
     return ce_n, HeadGradients(_reduce_hidden(d_hidden.view(shape), head), None if main_grad is not None else d_weight)
 
 
-def _chunk_cross_entropy(
-    logits_nv: Tensor, labels_n: Tensor, first_id: int, head: HeadGroup
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """CE [n], this rank's softmax [n, v/tp] (in place of the logits), the label's local index, whether it is local."""
+class _Chunk(NamedTuple):
+    """What is known of a chunk once its logits became exponentials."""
+
+    ce_n: Tensor
+    denominator_n: Tensor
+    """Of the softmax, over the whole vocabulary."""
+    local_label_n: Tensor
+    """Index among this rank's rows."""
+    is_local_n: Tensor
+    """Whether the label is one of them."""
+
+
+def _chunk_cross_entropy(logits_nv: Tensor, labels_n: Tensor, first_id: int, head: HeadGroup) -> _Chunk:
+    """Turns logits [n, v/tp] into their exponentials, less each row's largest logit, in place."""
     maximum = logits_nv.amax(dim=-1)
     if head.size > 1:
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=head.group)
-    logits_nv = logits_nv.sub_(maximum[:, None])
+    logits_nv.sub_(maximum[:, None])
     local_label = labels_n - first_id
     is_local = (local_label >= 0) & (local_label < logits_nv.shape[1])
     local_label = local_label.clamp(0, logits_nv.shape[1] - 1)
     target = logits_nv.gather(1, local_label[:, None]).squeeze(1).masked_fill(~is_local, 0.0)
-    exponent = logits_nv.exp_()
-    sums = torch.stack((exponent.sum(dim=-1), target))
+    sums = torch.stack((logits_nv.exp_().sum(dim=-1), target))
     if head.size > 1:
         dist.all_reduce(sums, group=head.group)
     denominator, target = sums
-    return denominator.log() - target, exponent.div_(denominator[:, None]), local_label, is_local
+    return _Chunk(denominator.log() - target, denominator, local_label, is_local)
 
 
 def _gather_sequence(h_sbh: Tensor, head: HeadGroup) -> Tensor:

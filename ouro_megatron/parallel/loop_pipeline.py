@@ -111,7 +111,7 @@ class LoopPipeline:
         )
 
     def _backward_place(self, index: int) -> tuple[int, int]:
-        """Loop and microbatch, from 1, of a rank's `index`-th backward task: groups of p microbatches, last loop first."""
+        """Loop and microbatch, from 1, of a rank's `index`-th backward: groups of p microbatches, last loop first."""
         if not self._interleaved:
             return int(len(self.views[0].loops) == 1), index + 1
         pipeline, loops = self._context.pipeline_size, len(self.views)

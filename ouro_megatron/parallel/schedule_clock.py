@@ -72,7 +72,7 @@ class ScheduleClock:
         return event
 
     def busy_seconds(self) -> float:
-        """Seconds inside tasks. On a GPU only after the host has waited for the last of them, as reading a result does."""
+        """Seconds inside tasks. On a GPU only once the host has waited for the last one, as reading a result does."""
         if self._cuda:
             return sum(start.elapsed_time(end) for _, start, end in self._marks) / 1e3
         return sum(end - start for _, start, end in self._marks)

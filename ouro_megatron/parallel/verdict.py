@@ -85,7 +85,8 @@ def _waiters(waiting: list[Beat], timeout: float) -> str:
     for beat in sorted(waiting, key=lambda beat: beat.rank):
         places.setdefault(beat.place.partition(" over ranks ")[0], []).append(beat)
     shown = [
-        f"{group[0].who} in {group[0].place}, {group[0].position}" + (f" (and {len(group) - 1} more)" * (len(group) > 1))
+        f"{group[0].who} in {group[0].place}, {group[0].position}"
+        + (f" (and {len(group) - 1} more)" * (len(group) > 1))
         for group in sorted(places.values(), key=len, reverse=True)[:_SHOWN]
     ]
     ranks = f"{len(waiting)} rank{'s' if len(waiting) > 1 else ''}"
@@ -112,6 +113,6 @@ def host_gone(host: Beat | None, own: Beat, *, lost: bool, timeout: float) -> st
     state = "is gone: killed, or its node failed" if lost else "does not answer: frozen or cut off"
     seen = f"; last seen in {host.last_seen}" if host else ""
     return (
-        f"{who} {state}{seen}. {own.who} waited {own.still:.0f} s (parallel.timeout_seconds={timeout:g}) in {own.place}, "
-        f"{own.position}. Start the run again to go on from its last checkpoint"
+        f"{who} {state}{seen}. {own.who} waited {own.still:.0f} s (parallel.timeout_seconds={timeout:g}) in "
+        f"{own.place}, {own.position}. Start the run again to go on from its last checkpoint"
     )

@@ -44,7 +44,7 @@ class Pace:
 
 
 class Watchdog:
-    """Runs in every rank of a job of several, as a context manager around the whole stage. Nothing for a single rank."""
+    """Runs in every rank of a job of several, as a context manager around the whole stage; idle for a single rank."""
 
     def __init__(
         self, context: ParallelContext, position: Position, timeout: float, report: Callable[[TrainingError], None]

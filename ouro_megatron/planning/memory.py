@@ -101,9 +101,9 @@ def head_bytes(layout: Layout) -> float:
     chunk, vocab = min(layout.chunk_tokens, layout.tokens), widths(layout)[3]
     hidden = layout.tokens * model.hidden * size
     gathered = hidden if layout.sequence_parallel else 0.0
-    if size == 2:  # fp32 softmax and gradient, bf16 gradient, bf16 product on its way to the fp32 buffer
-        return chunk * vocab * (4 + 4 + 2) + vocab * model.hidden * size + hidden + gathered
-    return chunk * vocab * (4 + 4) + hidden + gathered
+    if size == 2:  # the bf16 gradient beside the fp32 logits, or beside its product on its way to the fp32 buffer
+        return chunk * vocab * 2 + max(chunk * vocab * 4, vocab * model.hidden * size) + hidden + gathered
+    return chunk * vocab * 4 + hidden + gathered
 
 
 def working_bytes(layout: Layout, loop: int) -> float:

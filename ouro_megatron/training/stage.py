@@ -64,7 +64,10 @@ def run_stage(recipe: Recipe, signals: StopSignals) -> bool:
         lock = _lock(recipe.run_folder) if context.rank == 0 else None
         position = Position(stage=recipe.name)
         try:
-            with Watchdog(context, position, recipe.parallel.timeout_seconds, report) as watchdog, watchdog.explaining():
+            with (
+                Watchdog(context, position, recipe.parallel.timeout_seconds, report) as watchdog,
+                watchdog.explaining(),
+            ):
                 return _run(recipe, context, signals, position, watchdog)
         finally:
             if lock is not None:
