@@ -6,7 +6,7 @@ nothing of size tokens x vocabulary outlives its chunk.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,55 +59,76 @@ def token_cross_entropy(
         d_weight = torch.zeros_like(weight, dtype=wide)
     for start in range(0, hidden.shape[0], chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        logits = (hidden[part] @ weight.t()).to(wide)
-        chunk = _chunk_cross_entropy(logits, labels_n[part], first_id, head)
-        ce_n[part] = chunk.ce_n
-        if coefficient_n is None or d_hidden is None or d_weight is None:
+        coefficient = None if coefficient_n is None else coefficient_n[part]
+        chunk = _chunk_on_cuda if hidden.is_cuda else _chunk
+        # The logits are handed on without a name here, so that they are gone once they have become something else.
+        ce_n[part], d_logits = chunk(hidden[part] @ weight.t(), labels_n[part], coefficient, first_id, head)
+        if d_logits is None or d_hidden is None or d_weight is None:
             continue
-        # From exponentials to gradients in one pass over the logits' own memory.
-        coefficient = coefficient_n[part].to(wide)
-        logits.mul_((coefficient / chunk.denominator_n)[:, None])
-        logits.scatter_add_(1, chunk.local_label_n[:, None], -(chunk.is_local_n * coefficient)[:, None])
-        d_logits = logits.to(weight.dtype)
-        del logits
-        d_hidden[part] = d_logits @ weight
-        if d_weight.dtype == d_logits.dtype:
-            d_weight.addmm_(d_logits.t(), hidden[part])
-        else:
-            d_weight.add_(d_logits.t() @ hidden[part])
+        torch.mm(d_logits, weight, out=d_hidden[part])
+        _add_product(d_weight, d_logits, hidden[part])
     if d_hidden is None:
         return ce_n, None
     shape = (-1, *h_sbh.shape[1:])
     return ce_n, HeadGradients(_reduce_hidden(d_hidden.view(shape), head), None if main_grad is not None else d_weight)
 
 
-class _Chunk(NamedTuple):
-    """What is known of a chunk once its logits became exponentials."""
-
-    ce_n: Tensor
-    denominator_n: Tensor
-    """Of the softmax, over the whole vocabulary."""
-    local_label_n: Tensor
-    """Index among this rank's rows."""
-    is_local_n: Tensor
-    """Whether the label is one of them."""
-
-
-def _chunk_cross_entropy(logits_nv: Tensor, labels_n: Tensor, first_id: int, head: HeadGroup) -> _Chunk:
-    """Turns logits [n, v/tp] into their exponentials, less each row's largest logit, in place."""
+def _chunk(
+    logits_nv: Tensor, labels_n: Tensor, coefficient_n: Tensor | None, first_id: int, head: HeadGroup
+) -> tuple[Tensor, Tensor | None]:
+    """CE [n] in fp32 or wider and, with `coefficient_n`, its weighted gradient by the logits in their dtype."""
+    dtype = logits_nv.dtype
+    logits_nv = logits_nv.to(torch.promote_types(dtype, torch.float32))
     maximum = logits_nv.amax(dim=-1)
     if head.size > 1:
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=head.group)
-    logits_nv.sub_(maximum[:, None])
+    logits_nv = logits_nv.sub_(maximum[:, None])
     local_label = labels_n - first_id
     is_local = (local_label >= 0) & (local_label < logits_nv.shape[1])
     local_label = local_label.clamp(0, logits_nv.shape[1] - 1)
     target = logits_nv.gather(1, local_label[:, None]).squeeze(1).masked_fill(~is_local, 0.0)
-    sums = torch.stack((logits_nv.exp_().sum(dim=-1), target))
+    exponent = logits_nv.exp_()
+    sums = torch.stack((exponent.sum(dim=-1), target))
     if head.size > 1:
         dist.all_reduce(sums, group=head.group)
     denominator, target = sums
-    return _Chunk(denominator.log() - target, denominator, local_label, is_local)
+    ce_n = denominator.log() - target
+    if coefficient_n is None:
+        return ce_n, None
+    coefficient_n = coefficient_n.to(exponent.dtype)
+    d_logits = exponent.mul_((coefficient_n / denominator)[:, None])
+    d_logits.scatter_add_(1, local_label[:, None], -(is_local * coefficient_n)[:, None])
+    return ce_n, d_logits.to(dtype)
+
+
+def _chunk_on_cuda(
+    logits_nv: Tensor, labels_n: Tensor, coefficient_n: Tensor | None, first_id: int, head: HeadGroup
+) -> tuple[Tensor, Tensor | None]:
+    """The same in two passes over the logits, whose memory the gradient takes."""
+    from ouro_megatron.kernels import cross_entropy
+
+    maximum, total, target = cross_entropy.statistics(logits_nv, labels_n, first_id)
+    if head.size > 1:
+        own_maximum = maximum.clone()
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=head.group)
+        sums = torch.stack((total * torch.exp(own_maximum - maximum), target))
+        dist.all_reduce(sums, group=head.group)
+        total, target = sums
+    log_total = total.log() + maximum
+    ce_n = log_total - target
+    if coefficient_n is None:
+        return ce_n, None
+    return ce_n, cross_entropy.gradient_in_place(logits_nv, labels_n, coefficient_n, log_total, first_id)
+
+
+def _add_product(total_vh: Tensor, d_logits_nv: Tensor, hidden_nh: Tensor) -> None:
+    """total += d_logits^T hidden, summed in total's precision where the device can."""
+    if total_vh.dtype == d_logits_nv.dtype:
+        total_vh.addmm_(d_logits_nv.t(), hidden_nh)
+    elif total_vh.is_cuda:
+        torch.addmm(total_vh, d_logits_nv.t(), hidden_nh, out_dtype=total_vh.dtype, out=total_vh)
+    else:
+        total_vh.add_(d_logits_nv.t() @ hidden_nh)
 
 
 def _gather_sequence(h_sbh: Tensor, head: HeadGroup) -> Tensor:
