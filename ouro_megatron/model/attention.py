@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from ouro_megatron.model.context_attention import ContextPart, context_attention
 from ouro_megatron.model.documents import DocumentBounds, document_attention
 
 
@@ -25,6 +27,8 @@ class ScaledDotProductAttention(MegatronModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
+        groups: ProcessGroupCollection | None = kwargs.get("pg_collection")
+        self._context_group = None if groups is None else groups.cp
 
     def forward(
         self,
@@ -38,8 +42,12 @@ class ScaledDotProductAttention(MegatronModule):
     ) -> Tensor:
         """query [s, b, n, d], key and value [s, b, g, d] (g divides n) -> context [s, b, n*d].
 
-        `packed_seq_params`: DocumentBounds, when the documents of the batch must not see each other.
+        `packed_seq_params`: DocumentBounds, when the documents of the batch must not see each other; ContextPart, when
+        the sequence is cut over context-parallel ranks, whose s is their part of it.
         """
+        if isinstance(packed_seq_params, ContextPart):
+            assert self._context_group is not None
+            return context_attention(query, key, value, packed_seq_params, self._context_group).flatten(2)
         if isinstance(packed_seq_params, DocumentBounds):
             return document_attention(query, key, value, packed_seq_params).flatten(2)
         context_bnsd = F.scaled_dot_product_attention(

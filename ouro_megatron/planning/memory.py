@@ -21,7 +21,7 @@ class RankMemory:
     gradients: float
     """Megatron's fp32 gradient buffer."""
     optimizer: float
-    """This data-parallel rank's share of Adam's moments and, in bf16, the fp32 weights."""
+    """This data- and context-parallel rank's share of Adam's moments and, in bf16, the fp32 weights."""
     activations: float
     """At the moment when most is held."""
     visits_in_flight: int
@@ -69,6 +69,8 @@ def layer_bytes(layout: Layout, mode: Recompute) -> float:
     # The joint projection (value heads are a view of it), rotated queries and keys, the attention's result.
     values += (query + 2 * key) + query + key + query
     values += 2 * ffn
+    if layout.context > 1:
+        values += query  # the attention's result once more, of each slice by itself
     if mode == "none":
         values += 2 * hidden + ffn  # both pre-norms' results, SwiGLU's result
     norm_scales = 4 * 4 * tokens / split
@@ -111,8 +113,19 @@ def working_bytes(layout: Layout, loop: int) -> float:
     model, size = layout.model, layout.bytes_per_value
     _, _, ffn, _ = widths(layout)
     gradients = size * layout.tokens * (6 * ffn + 3 * model.hidden) + size * 2 * ffn * model.hidden
+    gradients = max(gradients, exchange_bytes(layout))
     again = layer_bytes(layout, "none") if layout.recomputes(loop) == "full" else 0.0
     return gradients + again + gather_buffer(layout)
+
+
+def exchange_bytes(layout: Layout) -> float:
+    """Temporary need of attention's backward over a cut sequence: keys and values of the whole one, gathered, their
+    gradients, and these in the order in which they are sent back."""
+    if layout.context == 1:
+        return 0.0
+    query, key, _, _ = widths(layout)
+    whole = 2 * key * layout.tokens * layout.context
+    return layout.bytes_per_value * (3 * whole + 4 * query * layout.tokens)
 
 
 def gather_buffer(layout: Layout) -> float:
@@ -134,7 +147,7 @@ def rank_memory(layout: Layout, rank: int) -> RankMemory:
         parameters=parameters,
         weights=parameters * size,
         gradients=4.0 * trained,
-        optimizer=trained * (12 if size == 2 else 8) / layout.data,
+        optimizer=trained * (12 if size == 2 else 8) / layout.replicas,
         activations=most_held(*shape, lambda loop: visit_bytes(layout, rank, loop)),
         visits_in_flight=most_in_flight(*shape),
         head=head_bytes(layout) if rank == layout.pipeline - 1 else 0.0,

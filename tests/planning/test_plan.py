@@ -134,3 +134,33 @@ def test_shipped_stages_fit_into_every_gpu(file: Path) -> None:
     for gpu in GPUS.values():
         plan = plan_for(recipe, 64, gpu)
         assert plan.fits, (gpu.name, plan.limit())
+
+
+def test_context_parallelism_in_plan_and_search(recipe_file: Path) -> None:
+    long = ("data.sequence_length=65536", "model.rope_base=1e6", "training.recompute=full")
+    whole = plan_for(load(recipe_file, *long, "parallel.data=8"), 8, GPUS["h100"])
+    cut = plan_for(load(recipe_file, *long, "parallel.context=8"), 8, GPUS["h100"])
+    assert cut.layout.describe() == "TP 1 x CP 8 x PP 1 x DP 1"
+    assert cut.layout.step_tokens == whole.layout.step_tokens
+    assert cut.memory[0].activations == pytest.approx(whole.memory[0].activations / 8, rel=0.01)
+    assert cut.memory[0].optimizer == whole.memory[0].optimizer  # shared over data- and context-parallel ranks alike
+    # Forward, recomputed forward and backward each move the keys and values of seven eighths of a sequence.
+    moved = 2 * 2 * 65_536 * 7 // 8 * 2048
+    assert cut.traffic[0].context == 3 * moved * 24 * 4 * cut.layout.microbatches
+    assert whole.traffic[0].context == 0 and cut.traffic[0].in_node > whole.traffic[0].in_node
+    assert sum(cut.shares().values()) == pytest.approx(1.0)
+    assert cut.shares()["context-parallel exchange"] > 0.05
+    found = {plan.layout.context for plan in best_plans(load(recipe_file, *long), 64, GPUS["h100"])}
+    assert found == {1, 2, 4, 8, 16}
+    assert {plan.layout.context for plan in best_plans(load(recipe_file), 64, GPUS["h100"])} == {1}
+
+
+def test_table_of_memory_has_numbers_under_their_names(recipe_file: Path) -> None:
+    command = ["plan", str(recipe_file), "--gpus", "8"]
+    shown = CliRunner().invoke(app, command, env={"COLUMNS": "160"}).output.splitlines()
+    names = next(line for line in shown if "activations" in line).replace("┃", " ").split()
+    values = next(line for line in shown if line.startswith("│")).replace("│", " ").split()
+    row = dict(zip(names, values, strict=True))
+    memory = plan_for(load(recipe_file), 8, GPUS["h100"]).memory[0]
+    assert row["activations"] == f"{memory.activations / GIB:.2f}" and row["visits"] == "4"
+    assert row["head"] == f"{memory.head / GIB:.2f}"
