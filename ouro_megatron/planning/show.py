@@ -66,7 +66,8 @@ def _time_table(plan: Plan) -> Table:
     for name in ("part", "share"):
         table.add_column(name, justify="right" if name == "share" else "left")
     for name, share in plan.shares().items():
-        table.add_row(name, f"{share:.1%}")
+        if share > 0:
+            table.add_row(name, f"{share:.1%}")
     traffic = plan.traffic
     inside, outside = max(t.in_node for t in traffic), max(t.between_nodes for t in traffic)
     table.add_section()

@@ -70,7 +70,8 @@ def _install(what: str, fired: Path) -> None:
     places: list[Position] = []
 
     class Seen(Position):
-        def __post_init__(self) -> None:
+        def __init__(self, stage: str) -> None:
+            super().__init__(stage=stage)
             places.append(self)
 
     stage_module.Position = Seen  # type: ignore[misc]

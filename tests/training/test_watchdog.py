@@ -24,11 +24,11 @@ TEARDOWN = 6.0
 """After the verdict: the other ranks leave, the launcher ends what is frozen."""
 
 
-def endless(folder: Path, name: str, **parallel: Any) -> Recipe:
+def long_run(folder: Path, name: str, **parallel: Any) -> Recipe:
     return tiny_recipe(
         folder,
         name=name,
-        budget={"total": "5000 steps"},
+        budget={"total": "200 steps"},
         checkpoint={"every": "1000 steps"},
         parallel={"timeout_seconds": TIMEOUT, **parallel},
     )
@@ -45,7 +45,7 @@ def message_of(recipe: Recipe, folder: Path, what: str, victim: int) -> str:
 
 
 def test_frozen_in_forward(tmp_path: Path) -> None:
-    said = message_of(endless(tmp_path, "forward", pipeline=2), tmp_path, "freeze in forward", 1)
+    said = message_of(long_run(tmp_path, "forward", pipeline=2), tmp_path, "freeze in forward", 1)
     assert said.startswith("rank 1 (tensor 0, pipeline 1, data 0) does not answer"), said
     assert "stage forward, step 3, forward and backward, forward of loop 2, microbatch 3" in said
     assert "1 rank waited" in said and f"parallel.timeout_seconds={TIMEOUT:g}" in said
@@ -53,20 +53,20 @@ def test_frozen_in_forward(tmp_path: Path) -> None:
 
 
 def test_frozen_in_a_collective_of_the_optimizer(tmp_path: Path) -> None:
-    said = message_of(endless(tmp_path, "optimizer", data=2), tmp_path, "freeze in optimizer", 1)
+    said = message_of(long_run(tmp_path, "optimizer", data=2), tmp_path, "freeze in optimizer", 1)
     assert said.startswith("rank 1 (tensor 0, pipeline 0, data 1) does not answer"), said
     assert "stage optimizer, step 3, optimizer step" in said.partition(". 1 rank waited")[0]
     assert "rank 0 (tensor 0, pipeline 0, data 0) in all_reduce of " in said and "over ranks 0, 1" in said
 
 
 def test_the_host_of_the_store_frozen_while_it_reads_data(tmp_path: Path) -> None:
-    said = message_of(endless(tmp_path, "host", tensor=2), tmp_path, "freeze in data", 0)
+    said = message_of(long_run(tmp_path, "host", tensor=2), tmp_path, "freeze in data", 0)
     assert said.startswith("rank 0 (tensor 0, pipeline 0, data 0) does not answer"), said
     assert "stage host, step 3, reading data" in said and "rank 1 (tensor 1, pipeline 0, data 0) waited" in said
 
 
 def test_alive_but_stuck_in_reading_data(tmp_path: Path) -> None:
-    recipe = endless(tmp_path, "data", data=2)
+    recipe = long_run(tmp_path, "data", data=2)
     said = message_of(recipe, tmp_path, "hang in data", 1)
     assert said.startswith("rank 1 (tensor 0, pipeline 0, data 1) does not go on: for "), said
     assert "stage data, step 3, reading data, at hang (stalls.py:" in said or "step 3, reading data, at" in said
@@ -76,7 +76,7 @@ def test_alive_but_stuck_in_reading_data(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_task_of_srun_is_one_message(tmp_path: Path) -> None:
-    recipe = endless(tmp_path, "killed", pipeline=2)
+    recipe = long_run(tmp_path, "killed", pipeline=2)
     file = tmp_path / "killed.yaml"
     file.write_text(dump_recipe(recipe))
     with two_tasks(file, str(free_port())) as (first, second):
@@ -91,7 +91,7 @@ def test_a_killed_task_of_srun_is_one_message(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_killed_host_of_the_store_is_one_message(tmp_path: Path) -> None:
-    recipe = endless(tmp_path, "killed-host", data=2)
+    recipe = long_run(tmp_path, "killed-host", data=2)
     file = tmp_path / "killed-host.yaml"
     file.write_text(dump_recipe(recipe))
     with two_tasks(file, str(free_port())) as (first, second):
