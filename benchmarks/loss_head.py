@@ -1,6 +1,6 @@
 """The loss head over T loops against what a user would write or install instead: peak memory and time, same run.
 
-    python -m benchmarks.loss_head                                        # CPU, two threads, Ouro's vocabulary
+    python -m benchmarks.loss_head                      # CPU, two threads, Ouro's vocabulary
     python -m benchmarks.loss_head --device cuda --dtype bf16 --tokens 8192 --hidden 2048
 
 One problem: states of T loops, one head, sum_t sum_n c_tn CE_tn with its gradients by the states and by the weight,
