@@ -254,9 +254,10 @@ class Watchdog:
 
     # The end
 
-    def _without_host(self) -> RankGone:
-        """Nobody can call the roll, so nobody decides who speaks: the lowest rank does first and takes others along."""
-        time.sleep(0.5 * min(self._rank, 16))
+    def _without_host(self) -> TrainingError:
+        """Nobody can call the roll, so nobody decides who speaks: rank 1 does, and the first rank of each other node."""
+        if self._rank != 1 and os.environ.get("LOCAL_RANK", "0") != "0":
+            return AnotherRankFailed()
         beat = self._host_beat if self._host is not None else None
         seen = {} if beat is None else {beat.rank: beat.last_seen}
         return RankGone(host_gone(beat, self._beat, lost=self._lost, timeout=self.pace.timeout), seen)
