@@ -26,19 +26,23 @@ class Traffic:
     pipeline_in_node: bool
     data_in_node: bool
 
+    def by_purpose(self, *, in_node: bool) -> dict[str, float]:
+        """Bytes over NVLink inside the node, or over the network between nodes, by the kind of parallelism."""
+        parts = {
+            "tensor": (self.tensor, self.tensor_in_node),
+            "context": (self.context, self.context_in_node),
+            "pipeline": (self.pipeline, self.pipeline_in_node),
+            "data": (self.data, self.data_in_node),
+        }
+        return {name: amount for name, (amount, inside) in parts.items() if inside is in_node and amount > 0}
+
     @property
     def in_node(self) -> float:
-        parts = (
-            (self.tensor, self.tensor_in_node),
-            (self.context, self.context_in_node),
-            (self.pipeline, self.pipeline_in_node),
-            (self.data, self.data_in_node),
-        )
-        return sum(amount for amount, inside in parts if inside)
+        return sum(self.by_purpose(in_node=True).values())
 
     @property
     def between_nodes(self) -> float:
-        return self.tensor + self.context + self.pipeline + self.data - self.in_node
+        return sum(self.by_purpose(in_node=False).values())
 
 
 class Costs:

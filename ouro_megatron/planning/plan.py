@@ -144,15 +144,17 @@ class Plan:
         return {name: seconds / self.step_seconds for name, seconds in parts.items()}
 
     def limit(self) -> str:
-        """One sentence on what holds the layout back most, and what to try."""
+        """What holds the layout back most, at most two things, and what to try."""
         if not self.fits:
             rank = max(range(self.layout.pipeline), key=lambda index: self.memory[index].peak)
             return _memory_advice(self, rank)
         shares = self.shares()
-        worst = max(_ADVICE, key=lambda name: shares[name])
-        if shares[worst] < 0.1:
-            return f"the layers' own matrix products, {shares['matrix products']:.0%} of the step: as it should be"
-        return f"{worst}, {shares[worst]:.0%} of the step: {_ADVICE[worst]}"
+        worst = sorted(_ADVICE, key=lambda name: -shares[name])
+        found = [
+            f"{name}, {shares[name]:.0%} of the step: {_ADVICE[name]}" for name in worst[:2] if shares[name] >= 0.1
+        ]
+        own = f"the layers' own matrix products, {shares['matrix products']:.0%} of the step: as it should be"
+        return "; ".join(found) or own
 
 
 _ADVICE = {
