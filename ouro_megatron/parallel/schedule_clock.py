@@ -14,7 +14,7 @@ class TaskTime(NamedTuple):
 
     kind: Literal["forward", "backward"]
     start: float
-    """Seconds since the epoch on the CPU; since `ScheduleClock.begin` on a GPU."""
+    """Seconds of the machine's monotonic clock on a CPU; since the ScheduleClock was made on a GPU."""
     end: float
 
 
@@ -66,7 +66,7 @@ class ScheduleClock:
 
     def _mark(self) -> Any:
         if not self._cuda:
-            return time.time()
+            return time.monotonic()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

@@ -20,6 +20,8 @@ from tests.faults.harness import ForkedRank
 
 STEP, LOOP, MICROBATCH = 3, 2, 3
 SLOW_SECONDS = 0.12
+BEATS_SECONDS = 1.0
+"""A rank stands at its place so long before it freezes: the others know what it last said."""
 
 
 class StallingRanks(Ranks):
@@ -78,6 +80,7 @@ def _install(what: str, fired: Path) -> None:
 
     def freeze() -> None:
         fired.touch()
+        time.sleep(BEATS_SECONDS)
         os.kill(os.getpid(), signal.SIGSTOP)
 
     def hang() -> None:

@@ -15,7 +15,7 @@ from ouro_megatron.telemetry.metrics_file import read_records
 from ouro_megatron.telemetry.records import EventRecord, StepRecord
 from tests.distributed.ranks import free_port
 from tests.tiny import tiny_recipe
-from tests.training.stalls import SLOW_SECONDS, StallingRanks
+from tests.training.stalls import BEATS_SECONDS, SLOW_SECONDS, StallingRanks
 from tests.training.test_launch import two_tasks, wait_for_steps
 
 pytestmark = pytest.mark.distributed
@@ -40,7 +40,7 @@ def message_of(recipe: Recipe, folder: Path, what: str, victim: int) -> str:
     with pytest.raises(TrainingError) as caught:
         ranks.run()
     assert ranks.fired.exists(), caught.value
-    assert time.time() - ranks.fired.stat().st_mtime < TIMEOUT + TEARDOWN
+    assert time.time() - ranks.fired.stat().st_mtime < BEATS_SECONDS + TIMEOUT + TEARDOWN
     return str(caught.value)
 
 
