@@ -90,8 +90,7 @@ class Watchdog:
         if not self._threads:
             return
         if isinstance(error, TrainingError) and error is self._explained:
-            self._report(error)
-            error.reported = True
+            self._say(error)
         self._ended = "done" if error is None else "failed"
         self._woken.set()
         self._told.wait(2 * self.pace.silence)  # the thread that talks says so and ends
@@ -195,8 +194,7 @@ class Watchdog:
             store.delete_key(self._key("judge"))
             return
         error = TrainingError(verdict(beats, silent, self._world, self.pace.timeout))
-        error.reported = True
-        self._report(error)
+        self._say(error)
         store.set(self._key("verdict"), "fallen")
         self._ended = "failed"
         self._say_goodbye(store)
@@ -262,10 +260,14 @@ class Watchdog:
         seen = {} if beat is None else {beat.rank: beat.last_seen}
         return RankGone(host_gone(beat, self._beat, lost=self._lost, timeout=self.pace.timeout), seen)
 
+    def _say(self, error: TrainingError) -> None:
+        error.reported = True
+        self._report(error)
+
     def _leave(self, error: TrainingError | None) -> None:
         """Ends this process, whose main thread cannot. `error` None: another rank has said why."""
         if error is not None and not error.reported:
-            self._report(error)
+            self._say(error)
         self.last_words(str(error or AnotherRankFailed()))
         os._exit(TrainingError.exit_code)
 

@@ -26,7 +26,7 @@ def report(error: BaseException) -> None:
         "message": message,
         "code": error.exit_code if isinstance(error, OuroError) else 1,
         "expected": expected,
-        "final": isinstance(error, TrainingError) and error.reported,
+        "final": isinstance(error, TrainingError) and error.reported and not isinstance(error, AnotherRankFailed),
         "last_seen": error.last_seen if isinstance(error, RankGone) else {},
     }
     partial = Path(folder) / f".{rank}.part"
