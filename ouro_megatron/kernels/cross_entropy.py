@@ -52,8 +52,15 @@ def statistics(logits_nv: Tensor, labels_n: Tensor, first_id: int) -> tuple[Tens
     rows, width = logits_nv.shape
     maximum, total, target = torch.empty(3, rows, dtype=torch.float32, device=logits_nv.device)
     _statistics[(rows,)](
-        logits_nv, labels_n, maximum, total, target, first_id,
-        WIDTH=width, BLOCK=min(_BLOCK, triton.next_power_of_2(width)), num_warps=8,
+        logits_nv,
+        labels_n,
+        maximum,
+        total,
+        target,
+        first_id,
+        WIDTH=width,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(width)),
+        num_warps=8,
     )
     return maximum, total, target
 

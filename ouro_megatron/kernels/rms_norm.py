@@ -53,7 +53,16 @@ def forward(x: Tensor, weight_h: Tensor, eps: float, residual: Tensor | None) ->
     block = triton.next_power_of_2(width)
     other = x if residual is None else residual.contiguous()
     _forward[(scale.numel(),)](
-        x, weight_h, other, y, scale, width, eps, HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block)
+        x,
+        weight_h,
+        other,
+        y,
+        scale,
+        width,
+        eps,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK=block,
+        num_warps=_warps(block),
     )
     return y, scale
 
@@ -67,8 +76,17 @@ def backward(d_y: Tensor, x: Tensor, weight_h: Tensor, scale: Tensor) -> tuple[T
     d_weight = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
     _backward[(programs,)](
-        d_y, x, weight_h, scale, d_x, d_weight, rows, width,
-        STEPS=triton.cdiv(rows, programs), BLOCK=block, num_warps=_warps(block),
+        d_y,
+        x,
+        weight_h,
+        scale,
+        d_x,
+        d_weight,
+        rows,
+        width,
+        STEPS=triton.cdiv(rows, programs),
+        BLOCK=block,
+        num_warps=_warps(block),
     )
     return d_x, d_weight.sum(0).to(weight_h.dtype)
 

@@ -10,8 +10,18 @@ from torch import Tensor
 
 @triton.jit
 def _turn(  # type: ignore[no-untyped-def]
-    mixed, angles, query, key, value, batch, angle_batch, groups,
-    PER_GROUP: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr, BACKWARD: tl.constexpr,
+    mixed,
+    angles,
+    query,
+    key,
+    value,
+    batch,
+    angle_batch,
+    groups,
+    PER_GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BACKWARD: tl.constexpr,
 ):
     """One token: `mixed` [groups, (PER_GROUP + 2) * 2 * HALF] to query, key and value, or back."""
     token = tl.program_id(0).to(tl.int64)
@@ -54,8 +64,18 @@ def _launch(mixed: Tensor, angles: Tensor, parts: tuple[Tensor, Tensor, Tensor],
     s, b, groups, dim = key.shape
     half = dim // 2
     _turn[(s * b,)](
-        mixed, angles, query, key, value, b, angles.shape[1], groups,
-        PER_GROUP=query.shape[2] // groups, HALF=half, GROUPS=triton.next_power_of_2(groups), BACKWARD=backward,
+        mixed,
+        angles,
+        query,
+        key,
+        value,
+        b,
+        angles.shape[1],
+        groups,
+        PER_GROUP=query.shape[2] // groups,
+        HALF=half,
+        GROUPS=triton.next_power_of_2(groups),
+        BACKWARD=backward,
     )
 
 

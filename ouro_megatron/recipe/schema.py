@@ -176,8 +176,8 @@ class Fp8Section(Section):
     """Matrix products of the layers in 8-bit floats; loss head, gate, norms and attention stay as `compute` says."""
 
     recipe: Literal["current", "blockwise", "delayed", "mxfp8"] = "current"
-    """How tensors are scaled: `current` by their own maximum, `blockwise` in tiles of 1 x 128 and 128 x 128, `delayed` by
-    the maxima of earlier visits (of all loops together), `mxfp8` in blocks of 32 (Blackwell)."""
+    """How tensors are scaled: `current` by their own maximum, `blockwise` in tiles of 1 x 128 and 128 x 128 (Hopper),
+    `delayed` by the maxima of earlier visits (of all loops together), `mxfp8` in blocks of 32 (Blackwell)."""
     first_layers_bf16: Annotated[int, Field(ge=0)] = 0
     """The model's first layers, of `model.layers`, that stay in bf16, on every visit."""
     last_layers_bf16: Annotated[int, Field(ge=0)] = 0

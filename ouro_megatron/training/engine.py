@@ -131,11 +131,12 @@ class Engine:
                     overlap_grad_reduce=self.overlap,
                     overlap_param_gather=self.overlap,
                     bucket_size=bucket_parameters,
+                    fp8_param_gather=lm.config.fp8_param,
                 ),
                 module=lm,
                 pg_collection=context.groups,
             )
-            self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm.dtype) if optimizer else None
+            self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm) if optimizer else None
         self.pipeline = self._new_pipeline(loops)
         self._clock = ScheduleClock(context.device)
 
@@ -193,6 +194,7 @@ class Engine:
         self.position.enter("forward and backward")
         self.ddp.train()
         self.ddp.zero_grad_buffer()
+        self._spare_placeholders()
         if self.optimizer is not None:
             self.optimizer.zero_grad()
         self._clock = ScheduleClock(self.context.device, self.position)
@@ -274,6 +276,17 @@ class Engine:
             rows_part = ContextPart.of([length] * rows, rows, length, *place)
         return [batch.part(context, rows_part) for batch in batches]
 
+    def _spare_placeholders(self) -> None:
+        """Linears that add to `main_grad` themselves hand autograd a placeholder of the weight's size for Megatron's
+        hook, unless the parameter lacks this mark. Autograd would add the placeholders of all visits up; the hook is
+        only needed where gradients are reduced while backward runs.
+        """
+        if self.overlap or not self.lm.config.gradient_accumulation_fusion:
+            return
+        for parameter in self.lm.decoder.parameters():
+            if parameter.dim() == 2:
+                del parameter.grad_added_to_main_grad
+
     def _reduce_gradients(self, tokens: float) -> None:
         """One gradient reduction for the whole step, then division by the global token count."""
         self.position.enter("reducing gradients")
@@ -306,7 +319,7 @@ class Engine:
 
 
 def _build_optimizer(
-    settings: OptimizerSection, ddp: DistributedDataParallel, context: ParallelContext, dtype: torch.dtype
+    settings: OptimizerSection, ddp: DistributedDataParallel, context: ParallelContext, lm: LoopLM
 ) -> Any:
     config = OptimizerConfig(
         optimizer="adam",
@@ -316,9 +329,10 @@ def _build_optimizer(
         adam_beta2=settings.betas[1],
         adam_eps=settings.eps,
         clip_grad=settings.clip,
-        bf16=dtype == torch.bfloat16,
-        params_dtype=dtype,
+        bf16=lm.dtype == torch.bfloat16,
+        params_dtype=lm.dtype,
         use_distributed_optimizer=True,
+        fp8_recipe=lm.config.fp8_recipe if lm.config.fp8_param else None,
     )
     built = get_megatron_optimizer(
         config,

@@ -125,7 +125,7 @@ class _Emulated(nn.Module):
         return scale
 
     def weight_copies(self, weight_nk: Tensor) -> tuple[Tensor, Tensor]:
-        """The rounded weight for both of its products, made once an optimizer step whatever the loops and microbatches."""
+        """The rounded weight for both of its products: made once an optimizer step, for all loops and microbatches."""
         now = (self.emulation.weights_version, weight_nk._version, weight_nk.data_ptr())
         if self._copies is None or self._copies_of != now:
             with torch.no_grad():
@@ -138,9 +138,7 @@ class _Emulated(nn.Module):
     def _forward_impl(self, input: Tensor, weight: Tensor, **how: Any) -> Tensor:
         """Megatron's hook for the product: [s, b, k] -> [s, b, n]."""
         if how["sequence_parallel"]:
-            input = gather_from_sequence_parallel_region(
-                input, tensor_parallel_output_grad=True, group=how["tp_group"]
-            )
+            input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=how["tp_group"])
         elif how["allreduce_dgrad"]:
             input = copy_to_tensor_model_parallel_region(input, group=how["tp_group"])
         y_mn = _Products.apply(input.flatten(0, -2), weight, self, torch.is_grad_enabled())
