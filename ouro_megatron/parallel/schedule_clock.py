@@ -14,7 +14,7 @@ class TaskTime(NamedTuple):
 
     kind: Literal["forward", "backward"]
     start: float
-    """Seconds of the machine's monotonic clock on a CPU; since the ScheduleClock was made on a GPU."""
+    """Seconds since the ScheduleClock was made."""
     end: float
 
 
@@ -80,7 +80,7 @@ class ScheduleClock:
     def times(self) -> list[TaskTime]:
         """All tasks so far. On a GPU this waits for them to finish."""
         if not self._cuda:
-            return [TaskTime(*mark) for mark in self._marks]
+            return [TaskTime(kind, start - self._origin, end - self._origin) for kind, start, end in self._marks]
         torch.cuda.synchronize()
         return [
             TaskTime(kind, self._origin.elapsed_time(start) / 1e3, self._origin.elapsed_time(end) / 1e3)

@@ -132,7 +132,8 @@ class Watchdog:
             if (beat.position, self._stack) == (before.position, stack):
                 beat = replace(beat, still=before.still + passed)
             self._beat = beat
-            unheard = now - self._heard > self.pace.silence + 2 * self.pace.interval
+            # A roll call keeps the other thread busy for `silence` seconds; the host cannot be cut off from itself.
+            unheard = self._rank != self._host and now - self._heard > 2 * self.pace.silence + 4 * self.pace.interval
             limit = self.pace.lost if self._lost else self.pace.threshold
             if (self._lost or unheard) and self._question is None and self._has_stalled(limit):
                 self._leave(self._without_host())
@@ -230,6 +231,7 @@ class Watchdog:
         if not store.check(list(keys.values())):
             keys = {rank: key for rank, key in keys.items() if store.check([key])}
         values = store.multi_get(list(keys.values()))
+        self._heard = time.monotonic()
         return {rank: Beat.from_json(value) for rank, value in zip(keys, values, strict=True)}
 
     def _publish(self, store: dist.TCPStore) -> None:
@@ -253,7 +255,7 @@ class Watchdog:
     # The end
 
     def _without_host(self) -> TrainingError:
-        """Nobody can call the roll, so nobody decides who speaks: rank 1 does, and the first rank of each other node."""
+        """Nobody can call the roll or decides who speaks: rank 1 does, and the first rank of each other node."""
         if self._rank != 1 and os.environ.get("LOCAL_RANK", "0") != "0":
             return AnotherRankFailed()
         beat = self._host_beat if self._host is not None else None

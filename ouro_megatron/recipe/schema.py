@@ -284,6 +284,9 @@ class LoggingSection(Section):
     every: PositiveInt = 1
     """Steps between lines."""
     wandb: WandbSection = WandbSection()
+    timeline_step: PositiveInt | None = None
+    """Draw when each pipeline rank ran which task in this step: timeline.png and timeline.json (a Chrome trace) in the
+    run folder."""
     tensorboard: bool = False
     """Also write TensorBoard event files; needs the `tensorboard` extra."""
 

@@ -20,7 +20,7 @@ from ouro_megatron.objective.losses import LoopMeans, LoopSums
 from ouro_megatron.parallel.context import ParallelContext
 from ouro_megatron.parallel.loop_pipeline import JoinLoopGradient, LoopPipeline, LoopView
 from ouro_megatron.parallel.position import Position
-from ouro_megatron.parallel.schedule_clock import ScheduleClock
+from ouro_megatron.parallel.schedule_clock import ScheduleClock, TaskTime
 from ouro_megatron.recipe.schema import ObjectiveSection, OptimizerSection
 
 
@@ -220,6 +220,10 @@ class Engine:
         data-parallel ranks. After `update`, which waits for the GPU in any case.
         """
         return self._clock.busy_seconds()
+
+    def tasks(self) -> list[TaskTime]:
+        """When this rank's forward and backward tasks of the last step ran, in order. Waits for the GPU."""
+        return self._clock.times()
 
     def update(self, means: LoopMeans, lr: float, judge: Judge | None = None) -> StepResult:
         """Clips and applies the gradients that `accumulate` left. All ranks call it.

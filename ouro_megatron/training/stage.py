@@ -50,6 +50,7 @@ from ouro_megatron.training.spikes import SpikeGuard
 from ouro_megatron.training.spread import Stragglers
 from ouro_megatron.training.start import Start, verified_start
 from ouro_megatron.training.stopping import Stopping
+from ouro_megatron.training.timelines import Timelines
 from ouro_megatron.training.trainer import Trainer, naming_the_place
 
 
@@ -154,6 +155,7 @@ def _run(
                 stopping,
                 Records(sinks, partial(_flops, recipe), _peak(recipe, context), returns),
                 Stragglers(sinks),
+                Timelines(recipe.logging.timeline_step, sinks),
                 Health(recipe, sinks, guard, returns, checkpoints.settle, checkpoints.rolled_back),
                 Evaluation(held_out, sinks, stopping),
                 Consistency(recipe.training.check_every),

@@ -1,5 +1,6 @@
 """Ranks that freeze, hang, die or drag: real processes and signals, and the one message that comes of it."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,23 @@ def test_a_slow_rank_shows_in_the_metrics_and_in_a_warning(tmp_path: Path) -> No
     assert metrics_of(steps[-1])["perf/rank_seconds_max"] == steps[-1].ranks.slowest_seconds  # type: ignore[union-attr]
     warnings = [r.message for r in records if isinstance(r, EventRecord) and r.name == "warning"]
     assert any("rank 1 was the slowest of its equals in 10 steps on end" in message for message in warnings), warnings
+
+
+def test_a_step_as_it_went_is_drawn(tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        tmp_path,
+        name="drawn",
+        budget={"total": "5 steps"},
+        parallel={"pipeline": 2},
+        logging={"timeline_step": 2, "wandb": {"mode": "disabled"}},
+    )
+    assert StallingRanks(recipe, tmp_path / "drawn", 2, "", 0).run() == 0
+    assert (recipe.run_folder / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    events = json.loads((recipe.run_folder / "timeline.json").read_text())["traceEvents"]
+    tasks = [event for event in events if event["ph"] == "X"]
+    microbatches = 256 // 32
+    assert len(tasks) == len({(task["tid"], task["name"]) for task in tasks}) == 2 * 2 * 3 * microbatches
+    ends = {(task["tid"], task["name"]): task["ts"] + task["dur"] for task in tasks}
+    for task in tasks:  # a forward on rank 1 follows the same one on rank 0; clocks agree within a few milliseconds
+        if task["cat"] == "forward" and task["tid"] == 1:
+            assert task["ts"] + task["dur"] > ends[0, task["name"]] - 20_000
