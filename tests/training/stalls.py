@@ -63,20 +63,28 @@ def rank_main(environment: dict[str, str], log: str, recipe_file: str, what: str
 
 
 def _install(what: str, fired: Path) -> None:
-    """`what`: "freeze in forward", "freeze in data", "hang in data", "freeze in optimizer", "slow"."""
+    """`what`: "freeze in forward", "freeze in data", "hang in data", "freeze in optimizer", "tamper", "slow"."""
     import ouro_megatron.training.stage as stage_module
     from ouro_megatron.model.looplm import LoopLM
     from ouro_megatron.parallel.position import Position
     from ouro_megatron.training.data_stream import DataStream
+    from ouro_megatron.training.engine import Engine
 
     places: list[Position] = []
+    engines: list[Engine] = []
 
     class Seen(Position):
         def __init__(self, stage: str) -> None:
             super().__init__(stage=stage)
             places.append(self)
 
+    class Built(Engine):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            engines.append(self)
+
     stage_module.Position = Seen  # type: ignore[misc]
+    stage_module.Engine = Built  # type: ignore[misc]
 
     def freeze() -> None:
         fired.touch()
@@ -102,8 +110,16 @@ def _install(what: str, fired: Path) -> None:
         )
     elif what.endswith("optimizer"):
         _before(dist, "all_reduce", lambda: at_step() and places[0].phase == "optimizer step", act)
+    elif what == "tamper":
+        _before(Engine, "accumulate", at_step, lambda: _flip_a_bit(engines[0]))
     else:
         _before(LoopLM, "run_layers", lambda: True, lambda: time.sleep(SLOW_SECONDS))
+
+
+def _flip_a_bit(engine: Any) -> None:
+    """In the final norm, before a forward: two steps later nothing that is copied is equal any more."""
+    weight = dict(engine.lm.named_global_parameters())["decoder.final_layernorm.weight"].detach().view(torch.int32)
+    weight[0] ^= 1 << 12
 
 
 def _before(owner: Any, name: str, condition: Callable[[], bool], act: Callable[[], None]) -> None:
