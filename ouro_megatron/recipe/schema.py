@@ -169,7 +169,7 @@ class ParallelSection(Section):
     """Reduce gradients while backward still runs and gather weights while the next forward does, over the data-parallel
     group. The gate stage and one-loop models have nothing to hide and ignore it."""
     timeout_seconds: PositiveFloat = 600.0
-    """A collective that waits longer ends the job with a message."""
+    """The longest wait for another rank; then the job ends with a message that names it."""
 
 
 class Fp8Section(Section):
@@ -284,6 +284,9 @@ class LoggingSection(Section):
     every: PositiveInt = 1
     """Steps between lines."""
     wandb: WandbSection = WandbSection()
+    timeline_step: PositiveInt | None = None
+    """Draw when each pipeline rank ran which task in this step: timeline.png and timeline.json (a Chrome trace) in the
+    run folder."""
     tensorboard: bool = False
     """Also write TensorBoard event files; needs the `tensorboard` extra."""
 

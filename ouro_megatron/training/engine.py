@@ -21,6 +21,7 @@ from ouro_megatron.objective.losses import LoopMeans, LoopSums
 from ouro_megatron.parallel.context import ParallelContext
 from ouro_megatron.parallel.loop_pipeline import JoinLoopGradient, LoopPipeline, LoopView
 from ouro_megatron.parallel.position import Position
+from ouro_megatron.parallel.schedule_clock import ScheduleClock, TaskTime
 from ouro_megatron.recipe.schema import ObjectiveSection, OptimizerSection
 
 
@@ -138,6 +139,7 @@ class Engine:
             )
             self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm) if optimizer else None
         self.pipeline = self._new_pipeline(loops)
+        self._clock = ScheduleClock(context.device)
 
     def _new_pipeline(self, loops: int) -> LoopPipeline:
         return LoopPipeline(self.lm.config, self.context, loops, self.ddp.no_sync if self.overlap else None)
@@ -200,13 +202,14 @@ class Engine:
 
         Gradients are of the objective summed over tokens, divided once by the global number of counted tokens.
         """
-        self.position.phase = "forward and backward"
+        self.position.enter("forward and backward")
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self._spare_placeholders()
         if self.optimizer is not None:
             self.optimizer.zero_grad()
-        means = self._run(batches, training=True).means()
+        self._clock = ScheduleClock(self.context.device, self.position)
+        means = self._run(batches, training=True, clock=self._clock).means()
         self._reduce_gradients(means.tokens)
         return means
 
@@ -222,18 +225,29 @@ class Engine:
         )
         finalize_model_grads([self.ddp], None, pg_collection=self.context.groups)
 
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds this rank spent in the last step's forward and backward tasks, not waiting for other pipeline or
+        data-parallel ranks. After `update`, which waits for the GPU in any case.
+        """
+        return self._clock.busy_seconds()
+
+    def tasks(self) -> list[TaskTime]:
+        """When this rank's forward and backward tasks of the last step ran, in order. Waits for the GPU."""
+        return self._clock.times()
+
     def update(self, means: LoopMeans, lr: float, judge: Judge | None = None) -> StepResult:
         """Clips and applies the gradients that `accumulate` left. All ranks call it.
 
         Not when something is not finite, or when `judge` has a reason against it.
         """
-        self.position.phase = "optimizer step"
+        self.position.enter("optimizer step")
         with self.context.platform.megatron_calls():
             return self._update(means, lr, judge)
 
     def evaluate(self, batches: list[Microbatch], loops: int | None = None) -> LoopSums:
         """Sums over all ranks' microbatches without gradients, the same on every rank. All ranks call it together."""
-        self.position.phase = "evaluation"
+        self.position.enter("evaluation")
         self.ddp.eval()
         pipeline = self.pipeline if loops in (None, self.loops) else None
         if pipeline is None:
@@ -247,6 +261,7 @@ class Engine:
         training: bool,
         pipeline: LoopPipeline | None = None,
         loops: int | None = None,
+        clock: ScheduleClock | None = None,
     ) -> LoopSums:
         loops = loops or self.loops
         forward = _LoopedForward(self, loops, training=training)
@@ -259,6 +274,7 @@ class Engine:
                 sequence_length=first.shape[1],
                 microbatch_size=first.shape[0],
                 forward_only=frozen or not training,
+                clock=clock or ScheduleClock(self.context.device, self.position),
             )
         sums = LoopSums.zeros(loops, self.context.device)
         for part in collected:
@@ -288,6 +304,7 @@ class Engine:
 
     def _reduce_gradients(self, tokens: float) -> None:
         """One gradient reduction for the whole step, then division by the global token count."""
+        self.position.enter("reducing gradients")
         finalize_model_grads(
             [self.ddp], None, pg_collection=self.context.groups, force_all_reduce=self.keep_whole_gradients
         )
@@ -359,7 +376,7 @@ class _LoopedForward:
     def __call__(self, batches: Iterator[tuple[int, OwnTokens]], view: LoopView) -> tuple[Tensor, Any]:
         index, batch = next(batches)
         context, position = self._engine.context, self._engine.position
-        position.microbatch = index
+        position.microbatch = index + 1
         if view.loops.start == 0 and context.is_first_stage:
             h_sbh = self._lm.embed(batch.tokens_bs)
         else:
