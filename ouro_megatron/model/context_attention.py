@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from ouro_megatron.model.documents import causal_runs
 from ouro_megatron.parallel.sequence_slices import own_positions, places_in_gathered, slice_numbers
 
 BLOCK = 256
@@ -160,14 +161,8 @@ def _attend(q_tnd: Tensor, k_tgd: Tensor, v_tgd: Tensor, sight: Sight) -> Tensor
     precision, else a call for each run."""
     grouped = q_tnd.shape[1] != k_tgd.shape[1]
     if q_tnd.is_cuda and q_tnd.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
-        longest = (max(sight.queries), max(sight.keys))
-        # A window that reaches back to the start and not ahead is causal, aligned at the last query and key.
-        arguments: dict[str, Any] = {"window_size": (-1, 0), "enable_gqa": grouped}
-        context = varlen_attn(q_tnd, k_tgd, v_tgd, sight.query_bounds, sight.key_bounds, *longest, **arguments)
-        assert isinstance(context, Tensor)
-        return context
+        bounds, longest = (sight.query_bounds, sight.key_bounds), (max(sight.queries), max(sight.keys))
+        return causal_runs(q_tnd, k_tgd, v_tgd, bounds, longest, grouped)
     runs = zip(q_tnd.split(sight.queries), k_tgd.split(sight.keys), v_tgd.split(sight.keys), strict=True)
     return torch.cat([part for run in runs for part in _blocks(*run, sight)])
 

@@ -28,7 +28,7 @@ from ouro_megatron.model.attention import rotary_embedding
 from ouro_megatron.model.config import head_dim, transformer_config
 from ouro_megatron.model.context_attention import ContextPart
 from ouro_megatron.model.documents import DocumentBounds
-from ouro_megatron.model.fp8.emulation import Fp8Emulation
+from ouro_megatron.model.fp8.emulation import AmaxHistory, Fp8Emulation, amax_histories
 from ouro_megatron.model.layer import FUSED_NORMS, block_spec
 from ouro_megatron.model.layout import Split, split_of, take_shard, whole_shape
 from ouro_megatron.parallel.context import ParallelContext
@@ -130,6 +130,7 @@ class LoopLM(MegatronModule):
                 tp_group=groups.tp,
             )
         self._mark_tensor_parallel()
+        self.weights_changed()
 
     def _mark_tensor_parallel(self) -> None:
         """Says which parameters are cut over ranks. Megatron does so while initialising, which is skipped here;
@@ -174,8 +175,13 @@ class LoopLM(MegatronModule):
         """To be called after each update and each load: copies of weights in another format are made anew."""
         if self.fp8_emulation is not None:
             self.fp8_emulation.weights_changed()
-        # Transformer Engine's linears make their FP8 copies in their next visit and keep them for all that follow.
-        self.set_is_first_microbatch()
+        for module in self.modules():
+            if hasattr(module, "is_first_microbatch"):
+                # One of Transformer Engine's linears. Without a copy it makes one in its next visit and keeps it for
+                # all that follow. Its own word for that, a first microbatch, would also make that visit's gradient
+                # replace what other loops have added to the buffer by then.
+                module.is_first_microbatch = False
+                module._fp8_workspaces.clear()
 
     def _choose_recomputation(self, loop: int) -> None:
         mode = self._recompute
@@ -204,14 +210,21 @@ class LoopLM(MegatronModule):
 
     def named_global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under layout-independent names: layers are numbered over the whole pipeline."""
-        offset = sum(self._layers_by_rank[: self.context.pipeline_rank])
         for name, parameter in self.named_parameters():
-            if name.startswith("decoder.layers."):
-                _, _, index, rest = name.split(".", 3)
-                for fused, plain in FUSED_NORMS.items():
-                    rest = rest.replace(fused, plain)
-                name = f"decoder.layers.{int(index) + offset}.{rest}"
-            yield name, parameter
+            yield self._global_name(name), parameter
+
+    def named_amax_histories(self) -> Iterator[tuple[str, AmaxHistory]]:
+        """Histories of delayed FP8 scaling under layout-independent names; none for other recipes."""
+        for name, history in amax_histories(self):
+            yield self._global_name(name), history
+
+    def _global_name(self, name: str) -> str:
+        if not name.startswith("decoder.layers."):
+            return name
+        _, _, index, rest = name.split(".", 3)
+        for fused, plain in FUSED_NORMS.items():
+            rest = rest.replace(fused, plain)
+        return f"decoder.layers.{int(index) + sum(self._layers_by_rank[: self.context.pipeline_rank])}.{rest}"
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

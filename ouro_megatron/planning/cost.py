@@ -7,6 +7,10 @@ from ouro_megatron.planning.hardware import Efficiency, Gpu
 from ouro_megatron.planning.layout import Layout
 from ouro_megatron.planning.memory import rank_parameters, widths
 from ouro_megatron.planning.schedule import Task
+from ouro_megatron.recipe.schema import Recompute
+
+_AGAIN: dict[Recompute, float] = {"none": 0.0, "selective": 0.06, "full": 1.0}
+"""Forwards that backward runs again."""
 
 
 @dataclass(frozen=True)
@@ -22,19 +26,23 @@ class Traffic:
     pipeline_in_node: bool
     data_in_node: bool
 
+    def by_purpose(self, *, in_node: bool) -> dict[str, float]:
+        """Bytes over NVLink inside the node, or over the network between nodes, by the kind of parallelism."""
+        parts = {
+            "tensor": (self.tensor, self.tensor_in_node),
+            "context": (self.context, self.context_in_node),
+            "pipeline": (self.pipeline, self.pipeline_in_node),
+            "data": (self.data, self.data_in_node),
+        }
+        return {name: amount for name, (amount, inside) in parts.items() if inside is in_node and amount > 0}
+
     @property
     def in_node(self) -> float:
-        parts = (
-            (self.tensor, self.tensor_in_node),
-            (self.context, self.context_in_node),
-            (self.pipeline, self.pipeline_in_node),
-            (self.data, self.data_in_node),
-        )
-        return sum(amount for amount, inside in parts if inside)
+        return sum(self.by_purpose(in_node=True).values())
 
     @property
     def between_nodes(self) -> float:
-        return self.tensor + self.context + self.pipeline + self.data - self.in_node
+        return sum(self.by_purpose(in_node=False).values())
 
 
 class Costs:
@@ -77,8 +85,8 @@ class Costs:
     # Compute
 
     @cached_property
-    def layer_seconds(self) -> float:
-        """Forward of one layer for one microbatch, communication of the tensor-parallel group included."""
+    def layer_parts(self) -> dict[str, float]:
+        """Seconds of the forward of one layer for one microbatch, by what the GPU does in them."""
         layout, model = self.layout, self.layout.model
         query, key, ffn, _ = widths(layout)
         tokens = layout.tokens
@@ -87,13 +95,26 @@ class Costs:
         split = layout.tensor if layout.sequence_parallel else 1
         # Passes over memory, in values a token: four norms of about twelve (fp32 inside), two sums, rotation, SwiGLU.
         moved = layout.bytes_per_value * tokens * (54 * model.hidden / split + 14 * (query + key) + 5 * ffn)
-        return (
-            matmul / (self._peak * self.efficiency.matmul)
-            + attention / (self._peak * self.efficiency.attention)
-            + moved / (self.gpu.memory_bandwidth * self.efficiency.memory)
-            + 30 * self.efficiency.launch_seconds
-            + self._tensor_seconds(2)
-        )
+        return {
+            "matrix products": matmul / (self._peak * self.efficiency.matmul),
+            "attention": attention / (self._peak * self.efficiency.attention),
+            "passes over memory": moved / (self.gpu.memory_bandwidth * self.efficiency.memory),
+            "kernel launches": 30 * self.efficiency.launch_seconds,
+        }
+
+    @cached_property
+    def layer_seconds(self) -> float:
+        """Forward of one layer for one microbatch, communication of the tensor-parallel group included."""
+        return sum(self.layer_parts.values()) + self._tensor_seconds(2)
+
+    @property
+    def recomputed(self) -> float:
+        """Part of the layers' time that only makes again what was thrown away."""
+        layout = self.layout
+        if not layout.trains_model:
+            return 0.0
+        again = [_AGAIN[layout.recomputes(loop)] for loop in range(layout.loops)]
+        return sum(again) / sum(3.0 + more for more in again)
 
     @property
     def _seen_bytes(self) -> float:
@@ -143,7 +164,7 @@ class Costs:
             return layers + gathered + (self.head_seconds if rank == layout.pipeline - 1 else 0.0)
         if not layout.trains_model:
             return 0.0
-        again = {"none": 0.0, "selective": 0.06, "full": 1.0}[layout.recomputes(task.loop)]
+        again = _AGAIN[layout.recomputes(task.loop)]
         # Gathered once more, by a recomputed forward or in its place, and gradients scattered.
         return layers * (2.0 + again) + 2 * gathered
 

@@ -30,8 +30,8 @@ class RankMemory:
     working: float
     """The largest temporary need of a backward task."""
     update: float
-    """Temporary need of the optimizer's step, which comes when the activations are gone. Torch's Adam on a GPU makes one
-    more fp32 copy of this rank's share; Transformer Engine's and apex's none."""
+    """Temporary need of the optimizer's step, which comes when the activations are gone. Torch's Adam on a GPU makes
+    one more fp32 copy of this rank's share; Transformer Engine's and apex's none."""
 
     @property
     def peak(self) -> float:
@@ -113,8 +113,8 @@ def head_bytes(layout: Layout) -> float:
     chunk, vocab = min(layout.chunk_tokens, layout.tokens), widths(layout)[3]
     hidden = layout.tokens * model.hidden * size
     gathered = hidden if layout.sequence_parallel else 0.0
-    # A chunk's logits are formed while the last one's, which have become their gradient, are still there.
-    return 2 * size * chunk * vocab + hidden + gathered
+    # A chunk's gradient takes the memory of its logits (on CUDA; a CPU in bf16 needs fp32 logits besides).
+    return size * chunk * vocab + hidden + gathered
 
 
 def working_bytes(layout: Layout, loop: int) -> float:

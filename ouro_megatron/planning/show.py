@@ -66,12 +66,15 @@ def _time_table(plan: Plan) -> Table:
     for name in ("part", "share"):
         table.add_column(name, justify="right" if name == "share" else "left")
     for name, share in plan.shares().items():
-        table.add_row(name, f"{share:.1%}")
-    traffic = plan.traffic
-    inside, outside = max(t.in_node for t in traffic), max(t.between_nodes for t in traffic)
-    table.add_section()
-    table.add_row("sent by a GPU inside its node", f"{inside / 1e9:.2f} GB")
-    table.add_row("sent by a GPU between nodes", f"{outside / 1e9:.2f} GB")
+        if share > 0:
+            table.add_row(name, f"{share:.1%}")
+    for where, in_node in (("inside its node", True), ("between nodes", False)):
+        parts = [traffic.by_purpose(in_node=in_node) for traffic in plan.traffic]
+        most = max(parts, key=lambda amounts: sum(amounts.values()))
+        table.add_section()
+        table.add_row(f"sent by a GPU {where}", f"{sum(most.values()) / 1e9:.2f} GB")
+        for name, amount in most.items():
+            table.add_row(f"  {name}", f"{amount / 1e9:.2f} GB")
     return table
 
 

@@ -1,5 +1,6 @@
 """Model, gradients and optimizer of one rank: one training step, one evaluation pass."""
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ouro_megatron.objective.losses import LoopMeans, LoopSums
 from ouro_megatron.parallel.context import ParallelContext
 from ouro_megatron.parallel.loop_pipeline import JoinLoopGradient, LoopPipeline, LoopView
 from ouro_megatron.parallel.position import Position
+from ouro_megatron.parallel.schedule_clock import ScheduleClock, TaskTime
 from ouro_megatron.recipe.schema import ObjectiveSection, OptimizerSection
 
 
@@ -136,12 +138,14 @@ class Engine:
                     overlap_grad_reduce=self.overlap,
                     overlap_param_gather=self.overlap,
                     bucket_size=bucket_parameters,
+                    fp8_param_gather=lm.config.fp8_param,
                 ),
                 module=lm,
                 pg_collection=context.groups,
             )
-            self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm.dtype) if optimizer else None
+            self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm) if optimizer else None
         self.pipeline = self._new_pipeline(loops)
+        self._clock = ScheduleClock(context.device)
 
     def _new_pipeline(self, loops: int) -> LoopPipeline:
         return LoopPipeline(self.lm.config, self.context, loops, self.ddp.no_sync if self.overlap else None)
@@ -186,21 +190,32 @@ class Engine:
         self.lm.weights_changed()
 
     def train_step(self, batches: list[Microbatch], lr: float, judge: Judge | None = None) -> StepResult:
-        """One optimizer step over this rank's microbatches. All ranks call it together."""
-        return self.update(self.accumulate(batches), lr, judge)
+        """One optimizer step over this rank's microbatches. All ranks call it together.
+
+        Python's cyclic garbage collector waits for its end: it would walk millions of objects while a GPU has nothing
+        to do, and on each rank at another moment.
+        """
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return self.update(self.accumulate(batches), lr, judge)
+        finally:
+            if collects:
+                gc.enable()
 
     def accumulate(self, batches: list[Microbatch]) -> LoopMeans:
         """Fresh reduced gradients in each parameter's `main_grad`; returns the global means. All ranks call it.
 
         Gradients are of the objective summed over tokens, divided once by the global number of counted tokens.
         """
-        self.position.phase = "forward and backward"
+        self.position.enter("forward and backward")
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self._spare_placeholders()
         if self.optimizer is not None:
             self.optimizer.zero_grad()
-        means = self._run(batches, training=True).means()
+        self._clock = ScheduleClock(self.context.device, self.position)
+        means = self._run(batches, training=True, clock=self._clock).means()
         self._reduce_gradients(means.tokens)
         return means
 
@@ -216,18 +231,29 @@ class Engine:
         )
         finalize_model_grads([self.ddp], None, pg_collection=self.context.groups)
 
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds this rank spent in the last step's forward and backward tasks, not waiting for other pipeline or
+        data-parallel ranks. After `update`, which waits for the GPU in any case.
+        """
+        return self._clock.busy_seconds()
+
+    def tasks(self) -> list[TaskTime]:
+        """When this rank's forward and backward tasks of the last step ran, in order. Waits for the GPU."""
+        return self._clock.times()
+
     def update(self, means: LoopMeans, lr: float, judge: Judge | None = None) -> StepResult:
         """Clips and applies the gradients that `accumulate` left. All ranks call it.
 
         Not when something is not finite, or when `judge` has a reason against it.
         """
-        self.position.phase = "optimizer step"
+        self.position.enter("optimizer step")
         with self.context.platform.megatron_calls():
             return self._update(means, lr, judge)
 
     def evaluate(self, batches: list[Microbatch], loops: int | None = None) -> LoopSums:
         """Sums over all ranks' microbatches without gradients, the same on every rank. All ranks call it together."""
-        self.position.phase = "evaluation"
+        self.position.enter("evaluation")
         self.ddp.eval()
         pipeline = self.pipeline if loops in (None, self.loops) else None
         if pipeline is None:
@@ -241,6 +267,7 @@ class Engine:
         training: bool,
         pipeline: LoopPipeline | None = None,
         loops: int | None = None,
+        clock: ScheduleClock | None = None,
     ) -> LoopSums:
         loops = loops or self.loops
         forward = _LoopedForward(self, loops, training=training)
@@ -253,6 +280,7 @@ class Engine:
                 sequence_length=first.shape[1],
                 microbatch_size=first.shape[0],
                 forward_only=frozen or not training,
+                clock=clock or ScheduleClock(self.context.device, self.position),
             )
         sums = LoopSums.zeros(loops, self.context.device)
         for part in collected:
@@ -281,6 +309,7 @@ class Engine:
 
     def _reduce_gradients(self, tokens: float) -> None:
         """One gradient reduction for the whole step, then division by the global token count."""
+        self.position.enter("reducing gradients")
         finalize_model_grads(
             [self.ddp], None, pg_collection=self.context.groups, force_all_reduce=self.keep_whole_gradients
         )
@@ -310,7 +339,7 @@ class Engine:
 
 
 def _build_optimizer(
-    settings: OptimizerSection, ddp: DistributedDataParallel, context: ParallelContext, dtype: torch.dtype
+    settings: OptimizerSection, ddp: DistributedDataParallel, context: ParallelContext, lm: LoopLM
 ) -> Any:
     config = OptimizerConfig(
         optimizer="adam",
@@ -320,9 +349,10 @@ def _build_optimizer(
         adam_beta2=settings.betas[1],
         adam_eps=settings.eps,
         clip_grad=settings.clip,
-        bf16=dtype == torch.bfloat16,
-        params_dtype=dtype,
+        bf16=lm.dtype == torch.bfloat16,
+        params_dtype=lm.dtype,
         use_distributed_optimizer=True,
+        fp8_recipe=lm.config.fp8_recipe if lm.config.fp8_param else None,
     )
     built = get_megatron_optimizer(
         config,
@@ -351,7 +381,7 @@ class _LoopedForward:
     def __call__(self, batches: Iterator[tuple[int, OwnTokens]], view: LoopView) -> tuple[Tensor, Any]:
         index, batch = next(batches)
         context, position = self._engine.context, self._engine.position
-        position.microbatch = index
+        position.microbatch = index + 1
         if view.loops.start == 0 and context.is_first_stage:
             h_sbh = self._lm.embed(batch.tokens_bs)
         else:

@@ -1,6 +1,7 @@
 """Copies that are no longer equal are found, and named on every rank of their group."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ from ouro_megatron.errors import TrainingError
 from ouro_megatron.model.looplm import LoopLM, initialise
 from ouro_megatron.parallel.context import create_context
 from ouro_megatron.recipe.schema import ObjectiveSection, OptimizerSection
+from ouro_megatron.recipe.spans import Span
 from ouro_megatron.training.consistency import check_gradient_buffers, check_weights
 from ouro_megatron.training.engine import Engine
 from tests.distributed.parity import Layout, batch, model_section, parallel_section, share
 from tests.distributed.ranks import run_ranks
+from tests.tiny import tiny_recipe
+from tests.training.stalls import STEP, StallingRanks
 
 pytestmark = pytest.mark.distributed
 
@@ -64,6 +68,16 @@ def test_a_norm_that_differs_between_tensor_parallel_ranks() -> None:
     name = "decoder.layers.1.post_mlp_norm.weight"
     for said in run_ranks(weights_after_a_step, 2, Layout(tensor=2), name, False):
         assert "tensor-parallel ranks 0, 1" in said and name in said
+
+
+def test_checked_by_default_and_while_a_run_goes_on(tmp_path: Path) -> None:
+    assert tiny_recipe(tmp_path).training.check_every == Span(steps=100)
+    recipe = tiny_recipe(
+        tmp_path, name="flipped", parallel={"tensor": 2}, training={"device": "cpu", "check_every": "2 steps"}
+    )
+    with pytest.raises(TrainingError, match=r"tensor-parallel ranks 0, 1 hold different copies of decoder") as caught:
+        StallingRanks(recipe, tmp_path / "flipped", 2, "tamper", 1).run()
+    assert f"step {STEP + 1}, comparing weights between ranks" in str(caught.value)
 
 
 def buffers() -> list[str]:

@@ -56,6 +56,59 @@ def test_golden_memory_of_the_1_4b_on_one_gpu(recipe_file: Path) -> None:
     assert 27.6 < memory.activations / GIB < 27.7
 
 
+GOLDEN = {
+    # Layers, overrides: layers by rank, parameters by rank, visits, activations in GiB, bubble, FLOPs a token.
+    "1.4B": (
+        ("model.layers=24", "parallel.pipeline=4"),
+        (7, 6, 6, 5),
+        (460_382_208, 308_330_496, 308_330_496, 357_609_473),
+        (42.939, 32.969, 29.090, 21.858),
+        36_842_766_336,
+    ),
+    "2.6B": (
+        ("model.layers=48", "parallel.pipeline=4", "parallel.tensor=2", "parallel.sequence=true"),
+        (13, 12, 12, 11),
+        (384_409_600, 308_379_648, 308_379_648, 333_017_089),
+        (40.227, 33.234, 29.324, 23.713),
+        71_269_613_568,
+    ),
+}
+
+
+@pytest.mark.parametrize("size", GOLDEN)
+def test_golden_numbers_of_both_sizes(recipe_file: Path, size: str) -> None:
+    overrides, layers, parameters, activations, flops = GOLDEN[size]
+    plan = plan_for(load(recipe_file, *overrides), 64, GPUS["h100"])
+    assert plan.layout.layers == layers and plan.flops_per_token == flops
+    assert tuple(memory.parameters for memory in plan.memory) == parameters
+    assert tuple(memory.visits_in_flight for memory in plan.memory) == (19, 17, 15, 13)
+    assert [memory.activations / GIB for memory in plan.memory] == pytest.approx(activations, abs=2e-3)
+    for memory, count in zip(plan.memory, parameters, strict=True):
+        assert (memory.weights, memory.gradients) == (2 * count, 4 * count)
+        assert memory.optimizer == 12 * count / plan.layout.data
+
+
+def test_bytes_by_link_and_purpose(recipe_file: Path) -> None:
+    plan = plan_for(load(recipe_file, *GOLDEN["2.6B"][0]), 64, GPUS["h100"])
+    first, middle = plan.traffic[0], plan.traffic[1]
+    visits, hidden = 4 * plan.layout.microbatches, 4096 * 2048 * 2
+    # Two all-reduces forward and two backward in each layer's visit, half of each state from either rank.
+    assert first.by_purpose(in_node=True) == {"tensor": visits * 13 * 4 * hidden}
+    # A state there and a gradient back each visit; the first rank's first loop sends no gradient.
+    assert (
+        middle.pipeline == 2 * visits * hidden / 2
+        and first.pipeline == (2 * visits - plan.layout.microbatches) * hidden / 2
+    )
+    assert set(first.by_purpose(in_node=False)) == {"pipeline", "data"}
+    assert first.data == 7 / 8 * 384_409_600 * (4 + 2)
+    assert first.between_nodes == first.pipeline + first.data
+
+
+def test_limit_names_the_two_largest_costs(recipe_file: Path) -> None:
+    said = plan_for(load(recipe_file, "training.recompute=full"), 8, GPUS["h100"]).limit()
+    assert "recomputation, " in said and "training.recompute=selective" in said and said.count("of the step") == 2
+
+
 def test_bubble_mfu_and_shares_agree(recipe_file: Path) -> None:
     plan = plan_for(load(recipe_file, "parallel.pipeline=4"), 64, GPUS["h100"])
     assert plan.layout.layers == (7, 6, 6, 5)

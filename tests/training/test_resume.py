@@ -118,3 +118,20 @@ def test_gate_stage_trains_the_gate_alone_and_resumes(whole: tuple[Path, list[fl
         "exp_avg.exit_gate.weight",
         "exp_avg.exit_gate.bias",
     }
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "mxfp8"])
+def test_emulated_fp8_goes_on_bit_exactly(whole: tuple[Path, list[float], float], recipe: str) -> None:
+    """On two pipeline ranks; delayed scaling finds its histories again."""
+    folder, _, _ = whole
+    sections: dict[str, Any] = {
+        "model": {"layers": 4, "hidden": 64, "heads": 4, "ffn": 64, "vocab": 128, "loops": 2},
+        "precision": {"compute": "bf16", "fp8": {"recipe": recipe, "emulate": True, "first_layers_bf16": 1}},
+        "batch": {"global_tokens": 256, "microbatch": 2},
+        "schedule": {"warmup": "1 steps"},
+    }
+    short = {"total": "4 steps"}
+    straight = losses(train(folder, "pp2dp2", name=f"straight-{recipe}", budget=short, **sections))
+    train(folder, "pp2dp2", name=f"halves-{recipe}", budget={"total": "2 steps"}, **sections)
+    halves = losses(train(folder, "pp2dp2", name=f"halves-{recipe}", budget=short, **sections))
+    assert halves == straight and len(straight) == 4
