@@ -48,7 +48,7 @@ class Fp8Layout:
 
     def section(self) -> Fp8Section:
         return Fp8Section(
-            recipe=self.recipe,  # type: ignore[arg-type]
+            recipe=self.recipe,
             first_layers_bf16=self.first_bf16,
             last_layers_bf16=self.last_bf16,
             amax_history=3,

@@ -162,7 +162,7 @@ def test_delayed_scaling_trains_over_a_pipeline() -> None:
 def pipeline_losses(recipe: str) -> list[float]:
     context = create_context(ParallelSection(pipeline=2))
     try:
-        lm = LoopLM(MODEL, context, fp8=Fp8Section(emulate=True, recipe=recipe))  # type: ignore[arg-type]
+        lm = LoopLM(MODEL, context, fp8=Fp8Section(emulate=True, recipe=recipe))
         initialise(lm, 5)
         engine = _engine(lm, context, overlap=False)
         tokens = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(0))
