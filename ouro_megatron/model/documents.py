@@ -1,5 +1,6 @@
 """Documents that lie in one sequence and must not see each other: block-diagonal causal attention without a mask."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,12 +70,32 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Doc
 
 
 def _flash(q_tnd: Tensor, k_tgd: Tensor, v_tgd: Tensor, documents: DocumentBounds, grouped: bool) -> Tensor:
+    bounds, longest = documents.cu_seqlens, documents.longest
+    return causal_runs(q_tnd, k_tgd, v_tgd, (bounds, bounds), (longest, longest), grouped)
+
+
+def causal_runs(
+    q_tnd: Tensor,
+    k_tgd: Tensor,
+    v_tgd: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    grouped: bool,
+) -> Tensor:
+    """Flash attention of runs of queries, each over its run of keys, causal and aligned at both ends: -> [t, n, d].
+
+    CUDA and half precision only. `bounds`: where runs of queries and of keys begin, int32, with their total last.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds, longest = documents.cu_seqlens, documents.longest
     # A window that reaches back to the start and not ahead is causal.
-    arguments: dict[str, Any] = {"window_size": (-1, 0), "enable_gqa": grouped}
-    context = varlen_attn(q_tnd, k_tgd, v_tgd, bounds, bounds, longest, longest, **arguments)
+    arguments: dict[str, Any] = {"window_size": (-1, 0)}
+    if grouped and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        arguments["enable_gqa"] = True
+    elif grouped:  # torch 2.11
+        shared = q_tnd.shape[1] // k_tgd.shape[1]
+        k_tgd, v_tgd = (x.repeat_interleave(shared, dim=1) for x in (k_tgd, v_tgd))
+    context = varlen_attn(q_tnd, k_tgd, v_tgd, *bounds, *longest, **arguments)
     assert isinstance(context, Tensor)
     return context
 

@@ -161,7 +161,7 @@ def _sandwich_layer(
     core_attention: type,
     pre_norm: type = RMSNorm,
 ) -> ModuleSpec:
-    """A sandwich layer from one library's parts. The norms after the sub-layers add the residual, which only ours do."""
+    """A sandwich layer from one library's parts. Norms after sub-layers are ours: only they add the residual."""
     attention = SelfAttentionSubmodules(linear_qkv=column_linear, core_attention=core_attention, linear_proj=row_linear)
     mlp = MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear, activation_func=SwiGLU)
     return ModuleSpec(
@@ -228,8 +228,8 @@ def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
 
 def _no_transformer_engine() -> RecipeError:
     return RecipeError(
-        "model.implementation: transformer_engine is not installed on this machine; install it beside the CUDA build of "
-        "torch (docs/gpu.md; `ouro doctor` shows what is missing) or use model.implementation=local"
+        "model.implementation: transformer_engine is not installed on this machine; install it beside the CUDA build "
+        "of torch (docs/gpu.md; `ouro doctor` shows what is missing) or use model.implementation=local"
     )
 
 

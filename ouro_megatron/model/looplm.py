@@ -126,6 +126,7 @@ class LoopLM(MegatronModule):
                 tp_group=groups.tp,
             )
         self._mark_tensor_parallel()
+        self.weights_changed()
 
     def _mark_tensor_parallel(self) -> None:
         """Says which parameters are cut over ranks. Megatron does so while initialising, which is skipped here;
@@ -169,8 +170,13 @@ class LoopLM(MegatronModule):
         """To be called after each update and each load: copies of weights in another format are made anew."""
         if self.fp8_emulation is not None:
             self.fp8_emulation.weights_changed()
-        # Transformer Engine's linears make their FP8 copies in their next visit and keep them for all that follow.
-        self.set_is_first_microbatch()
+        for module in self.modules():
+            if hasattr(module, "is_first_microbatch"):
+                # One of Transformer Engine's linears. Without a copy it makes one in its next visit and keeps it for
+                # all that follow. Its own word for that, a first microbatch, would also make that visit's gradient
+                # replace what other loops have added to the buffer by then.
+                module.is_first_microbatch = False
+                module._fp8_workspaces.clear()
 
     def _choose_recomputation(self, loop: int) -> None:
         mode = self._recompute

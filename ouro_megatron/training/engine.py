@@ -96,11 +96,12 @@ class Engine:
                     overlap_grad_reduce=self.overlap,
                     overlap_param_gather=self.overlap,
                     bucket_size=bucket_parameters,
+                    fp8_param_gather=lm.config.fp8_param,
                 ),
                 module=lm,
                 pg_collection=context.groups,
             )
-            self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm.dtype) if optimizer else None
+            self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm) if optimizer else None
         self.pipeline = self._new_pipeline(loops)
 
     def _new_pipeline(self, loops: int) -> LoopPipeline:
@@ -262,7 +263,7 @@ class Engine:
 
 
 def _build_optimizer(
-    settings: OptimizerSection, ddp: DistributedDataParallel, context: ParallelContext, dtype: torch.dtype
+    settings: OptimizerSection, ddp: DistributedDataParallel, context: ParallelContext, lm: LoopLM
 ) -> Any:
     config = OptimizerConfig(
         optimizer="adam",
@@ -272,9 +273,10 @@ def _build_optimizer(
         adam_beta2=settings.betas[1],
         adam_eps=settings.eps,
         clip_grad=settings.clip,
-        bf16=dtype == torch.bfloat16,
-        params_dtype=dtype,
+        bf16=lm.dtype == torch.bfloat16,
+        params_dtype=lm.dtype,
         use_distributed_optimizer=True,
+        fp8_recipe=lm.config.fp8_recipe if lm.config.fp8_param else None,
     )
     built = get_megatron_optimizer(
         config,
