@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,6 +17,7 @@ from benchmarks.plain_model import PlainLoopLM
 from ouro_megatron.model.looplm import LoopLM
 from ouro_megatron.parallel.context import ParallelContext
 from ouro_megatron.planning.flops import flops_per_token, peak_flops
+from ouro_megatron.recipe.load import load_recipe
 from ouro_megatron.recipe.schema import Fp8Section, ModelSection, ObjectiveSection, OptimizerSection, Recompute
 from ouro_megatron.training.engine import Engine, Microbatch
 
@@ -53,6 +53,7 @@ CASES = [
     Case("1.4b 3 rows TE bf16", "ouro-1.4b", _TE, microbatch=3, microbatches=3),
     Case("1.4b 3 rows TE FP8 current", "ouro-1.4b", _TE, microbatch=3, microbatches=3, fp8="current"),
     Case("1.4b 3 rows TE FP8 blockwise", "ouro-1.4b", _TE, microbatch=3, microbatches=3, fp8="blockwise"),
+    Case("1.4b 4 rows TE FP8 current", "ouro-1.4b", _TE, microbatch=4, microbatches=2, fp8="current"),
     Case("2.6b TE bf16", "ouro-2.6b", _TE, microbatch=1, recompute="selective"),
     Case("2.6b TE FP8 current", "ouro-2.6b", _TE, microbatch=1, fp8="current"),
     Case("1.4b 16K TE bf16", "ouro-1.4b", _TE, 16_384, 1, 2, recompute="full", recompute_loops=2),
@@ -61,9 +62,9 @@ CASES = [
 
 
 def model_section(case: Case) -> ModelSection:
-    shape = yaml.safe_load((STAGES / "model" / f"{case.model}.yaml").read_text(encoding="utf-8"))["model"]
     implementation = "local" if case.system == "plain" else case.system
-    return ModelSection(**shape, implementation=implementation)
+    loaded = load_recipe(STAGES / case.model / "4-stable-2.yaml")
+    return loaded.model.model_copy(update={"implementation": implementation})
 
 
 def measure(case: Case, context: ParallelContext, steps: int, warm_up: int, profile: Path | None) -> dict[str, object]:

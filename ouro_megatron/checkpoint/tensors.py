@@ -75,7 +75,7 @@ def _gather(engine: Engine, parameter: nn.Parameter, part: Tensor | None, start:
     flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
     if part is not None:
         flat[start:end] = part
-    if engine.context.data_size > 1:
+    if engine.context.replicas > 1:
         dist.all_reduce(flat, group=engine.context.groups.dp_cp)
     return flat.view(parameter.shape).cpu()
 

@@ -56,6 +56,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         pipeline_model_parallel_layout=_pipeline_layout(layers_by_rank),
         sequence_parallel=parallel.sequence,
         calculate_per_token_loss=True,

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 
@@ -109,40 +108,3 @@ def _one_by_one(q_tnd: Tensor, k_tgd: Tensor, v_tgd: Tensor, lengths: tuple[int,
         part = F.scaled_dot_product_attention(q_bnsd, k_bgsd, v_bgsd, is_causal=causal, enable_gqa=grouped)
         parts.append(part[0].transpose(0, 1))
     return torch.cat(parts)
-
-
-def documents_through(attention: type) -> type:
-    """Transformer Engine's attention core of Megatron (`TEDotProductAttention`), taught DocumentBounds.
-
-    The documents go to it end to end with their bounds ("thd"); without bounds nothing changes.
-    """
-
-    class DocumentAttention(attention):
-        def forward(
-            self,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Tensor | None,
-            attn_mask_type: Any,
-            attention_bias: Tensor | None = None,
-            packed_seq_params: Any = None,
-        ) -> Tensor:
-            if not isinstance(packed_seq_params, DocumentBounds):
-                return super().forward(
-                    query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
-                )
-            s, b = query.shape[:2]
-            bounds, longest = packed_seq_params.cu_seqlens, packed_seq_params.longest
-            packed = PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=bounds,
-                cu_seqlens_kv=bounds,
-                max_seqlen_q=longest,
-                max_seqlen_kv=longest,
-            )
-            parts = (x.transpose(0, 1).flatten(0, 1).contiguous() for x in (query, key, value))
-            context = super().forward(*parts, attention_mask, attn_mask_type, attention_bias, packed)
-            return context.reshape(b, s, -1).transpose(0, 1).contiguous()
-
-    return DocumentAttention

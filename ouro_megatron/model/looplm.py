@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ouro_megatron.model.attention import rotary_embedding
 from ouro_megatron.model.config import head_dim, transformer_config
+from ouro_megatron.model.context_attention import ContextPart
 from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.fp8.emulation import AmaxHistory, Fp8Emulation, amax_histories
 from ouro_megatron.model.layer import FUSED_NORMS, block_spec
@@ -71,7 +72,10 @@ class LoopLM(MegatronModule):
         fp8: Fp8Section | None = None,
     ) -> None:
         parallel = ParallelSection(
-            tensor=context.tensor_size, pipeline=context.pipeline_size, sequence=context.sequence_parallel
+            tensor=context.tensor_size,
+            pipeline=context.pipeline_size,
+            context=context.context_size,
+            sequence=context.sequence_parallel,
         )
         self._layers_by_rank = list(layers_by_rank or balanced_layers(model, context.pipeline_size))
         config = transformer_config(
@@ -147,19 +151,20 @@ class LoopLM(MegatronModule):
         """RoPE angles for positions [s] or [s, b], the same in every loop; see `rotary_embedding`."""
         return rotary_embedding(positions_s, head_dim(self.model), self.model.rope_base)
 
-    def rotary_of(self, length: int, documents: DocumentBounds | None) -> Tensor:
-        """RoPE angles for whole sequences of `length` tokens, which begin anew with each of `documents`."""
+    def rotary_of(self, length: int, documents: DocumentBounds | ContextPart | None) -> Tensor:
+        """RoPE angles of this rank's tokens of sequences of `length`, which begin anew with each of `documents`."""
         if documents is not None:
             return self.rotary(documents.positions_sb)
-        return self.rotary(torch.arange(length, device=self.context.device))
+        return self.rotary(self.context.own_positions(length).to(self.context.device))
 
     def run_layers(
-        self, h_sbh: Tensor, rotary: Tensor, loop: int = 0, documents: DocumentBounds | None = None
+        self, h_sbh: Tensor, rotary: Tensor, loop: int = 0, documents: DocumentBounds | ContextPart | None = None
     ) -> Tensor:
         """One visit of this rank's layers: [s, b, h] -> [s, b, h], with the final norm on the last pipeline rank.
 
         `loop` counts from 0; with `recompute_loops` = k loops k and later keep their activations. With `documents`
-        each attends to itself only; `rotary` must be of their positions.
+        each attends to itself only; `rotary` must be of their positions. Under context parallelism s counts this rank's
+        tokens, and the local attention core needs their ContextPart.
         """
         self._choose_recomputation(loop)
         return self.decoder(

@@ -111,20 +111,17 @@ class Plan:
         layout, costs, timeline = self.layout, self.costs, self.timeline
         rank = max(range(layout.pipeline), key=timeline.busy)
         busy = timeline.busy(rank) * self._more
-        exchanged = 0.0
-        if layout.tensor > 1:
-            traffic = costs.traffic(rank)
-            bandwidth = self.gpu.node_bandwidth * self.efficiency.node
-            if not costs.tensor_in_node:
-                bandwidth = self.gpu.network_bandwidth * self.efficiency.network
-            exchanged = min(busy, traffic.tensor / bandwidth)
+        traffic = costs.traffic(rank)
+        exchanged = min(busy, traffic.tensor / costs.bandwidth(traffic.tensor_in_node))
+        gathered = min(busy - exchanged, traffic.context / costs.bandwidth(traffic.context_in_node))
         head = 0.0
         if rank == layout.pipeline - 1:
             head = costs.head_seconds * layout.loops * layout.microbatches
         parts = {
-            "layers": busy - exchanged - head,
+            "layers": busy - exchanged - gathered - head,
             "loss heads": head,
             "tensor-parallel exchange": exchanged,
+            "context-parallel exchange": gathered,
             "bubble and waiting": self.bubble_seconds,
             "gradient reduction and optimizer": self.tail_seconds,
         }
@@ -145,6 +142,7 @@ class Plan:
 _ADVICE = {
     "loss heads": "a smaller share of layers on the last rank (parallel.layers) or fewer pipeline ranks evens it out",
     "tensor-parallel exchange": "a smaller parallel.tensor, larger batch.microbatch, or parallel.sequence=true",
+    "context-parallel exchange": "a smaller parallel.context, or fewer key and value heads (model.kv_heads)",
     "bubble and waiting": "more microbatches (a smaller batch.microbatch) or fewer pipeline ranks",
     "gradient reduction and optimizer": "fewer data-parallel ranks or a larger global batch",
 }
@@ -161,7 +159,8 @@ def _memory_advice(plan: Plan, rank: int) -> str:
         key=lambda part: part[1],
     )[0]
     cures = {
-        "activations": "training.recompute=selective or full, a smaller batch.microbatch, or a larger parallel.tensor",
+        "activations": "training.recompute=selective or full, a smaller batch.microbatch, a larger parallel.tensor or "
+        "parallel.context",
         "optimizer state": "more data-parallel ranks or a larger parallel.tensor or parallel.pipeline",
         "weights and gradients": "a larger parallel.tensor or parallel.pipeline",
         "the loss head": "a smaller objective.chunk_tokens",

@@ -157,6 +157,8 @@ class BudgetSection(Section):
 class ParallelSection(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
+    context: PositiveInt = 1
+    """Context-parallel size: ranks that share one sample's tokens, for sequences whose activations fill one GPU."""
     sequence: bool = False
     """Sequence parallelism inside the tensor-parallel group."""
     layers: list[PositiveInt] | None = None

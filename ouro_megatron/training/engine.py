@@ -1,5 +1,6 @@
 """Model, gradients and optimizer of one rank: one training step, one evaluation pass."""
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from torch import Tensor
 
+from ouro_megatron.model.context_attention import ContextPart
 from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.looplm import LoopLM
 from ouro_megatron.objective.head import HeadGroup
@@ -24,7 +26,10 @@ from ouro_megatron.recipe.schema import ObjectiveSection, OptimizerSection
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One data-parallel rank's share of one forward pass, on the device."""
+    """One data-parallel rank's share of one forward pass, on the device: whole sequences.
+
+    The engine takes a context-parallel rank's tokens out of it.
+    """
 
     tokens_bs: Tensor
     labels_bs: Tensor
@@ -32,12 +37,42 @@ class Microbatch:
     documents: DocumentBounds | None = None
     """Bounds of documents that must not see each other; None: each row is one."""
 
+    def part(self, context: ParallelContext, rows_part: ContextPart | None) -> "OwnTokens":
+        """What `context`'s rank computes on; `rows_part` where each row is one document."""
+        own = [context.own_tokens(whole_bs) for whole_bs in (self.tokens_bs, self.labels_bs, self.mask_bs)]
+        documents: DocumentBounds | ContextPart | None = self.documents
+        if context.context_size > 1:
+            documents = rows_part
+            if self.documents is not None:
+                documents = ContextPart.of(
+                    self.documents.lengths,
+                    *self.tokens_bs.shape,
+                    context.context_rank,
+                    context.context_size,
+                    context.device,
+                )
+        return OwnTokens(*own, self.tokens_bs.shape[1], documents, self.documents is not None)
+
     @classmethod
     def of(cls, batch: dict[str, Tensor]) -> "Microbatch":
         """From what a MicrobatchReader yields."""
         tokens_bs = batch["tokens_bs"]
         documents = DocumentBounds.of_batch(batch, tokens_bs.device)
         return cls(tokens_bs, batch["labels_bs"], batch["loss_mask_bs"], documents)
+
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """A rank's tokens of one microbatch: all, or under context parallelism [b, s / context_size] of them."""
+
+    tokens_bs: Tensor
+    labels_bs: Tensor
+    mask_bs: Tensor
+    length: int
+    """Tokens of a whole sequence."""
+    documents: DocumentBounds | ContextPart | None
+    packed: bool
+    """Whether rows hold several documents."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +118,7 @@ class Engine:
         self.keep_whole_gradients = False
         """Leave every data-parallel rank with all reduced gradients, not only its optimizer shard: to inspect them."""
         # Nothing to hide in the gate stage, whose backward runs inside forward, nor with one loop, which uses no gate.
-        self.overlap = overlap and objective.kind == "expected_loss" and loops > 1 and context.data_size > 1
+        self.overlap = overlap and objective.kind == "expected_loss" and loops > 1 and context.replicas > 1
         if objective.kind == "gate":
             for name, parameter in lm.named_parameters():
                 parameter.requires_grad_(name.startswith("exit_gate."))
@@ -147,8 +182,18 @@ class Engine:
         self.lm.weights_changed()
 
     def train_step(self, batches: list[Microbatch], lr: float, judge: Judge | None = None) -> StepResult:
-        """One optimizer step over this rank's microbatches. All ranks call it together."""
-        return self.update(self.accumulate(batches), lr, judge)
+        """One optimizer step over this rank's microbatches. All ranks call it together.
+
+        Python's cyclic garbage collector waits for its end: it would walk millions of objects while a GPU has nothing
+        to do, and on each rank at another moment.
+        """
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return self.update(self.accumulate(batches), lr, judge)
+        finally:
+            if collects:
+                gc.enable()
 
     def accumulate(self, batches: list[Microbatch]) -> LoopMeans:
         """Fresh reduced gradients in each parameter's `main_grad`; returns the global means. All ranks call it.
@@ -170,7 +215,7 @@ class Engine:
         first = batches[0].tokens_bs
         self.pipeline.run(
             _LoopedForward(self, self.loops, training=True),
-            batches,
+            self._own_tokens(batches),
             sequence_length=first.shape[1],
             microbatch_size=first.shape[0],
             forward_only=self.objective.kind == "gate",
@@ -210,7 +255,7 @@ class Engine:
         with torch.set_grad_enabled(training and not frozen):
             collected = (pipeline or self.pipeline).run(
                 forward,
-                batches,
+                self._own_tokens(batches),
                 sequence_length=first.shape[1],
                 microbatch_size=first.shape[0],
                 forward_only=frozen or not training,
@@ -220,6 +265,15 @@ class Engine:
             sums = sums + part
         vector = self.context.from_last_stage(self.context.sum_over_data(sums.to_tensor()))
         return LoopSums.from_tensor(vector, loops)
+
+    def _own_tokens(self, batches: list[Microbatch]) -> list[OwnTokens]:
+        """This rank's tokens of whole sequences. Every microbatch of a step has the same shape."""
+        context, rows_part = self.context, None
+        if context.context_size > 1 and self.lm.model.implementation == "local":
+            rows, length = batches[0].tokens_bs.shape
+            place = (context.context_rank, context.context_size, context.device)
+            rows_part = ContextPart.of([length] * rows, rows, length, *place)
+        return [batch.part(context, rows_part) for batch in batches]
 
     def _spare_placeholders(self) -> None:
         """Linears that add to `main_grad` themselves hand autograd a placeholder of the weight's size for Megatron's
@@ -302,7 +356,7 @@ class _LoopedForward:
         self._losses: dict[int, LoopLoss] = {}
         self._rotary: Tensor | None = None
 
-    def __call__(self, batches: Iterator[tuple[int, Microbatch]], view: LoopView) -> tuple[Tensor, Any]:
+    def __call__(self, batches: Iterator[tuple[int, OwnTokens]], view: LoopView) -> tuple[Tensor, Any]:
         index, batch = next(batches)
         context, position = self._engine.context, self._engine.position
         position.microbatch = index
@@ -327,16 +381,15 @@ class _LoopedForward:
                 loss.backward()
         return loss, partial(_hand_out, tokens=tokens, sums=sums)
 
-    def _angles(self, batch: Microbatch) -> Tensor:
+    def _angles(self, batch: OwnTokens) -> Tensor:
         """RoPE's: those of plain rows are kept for the step, packed documents have their own in each microbatch."""
-        length = batch.tokens_bs.shape[1]
-        if batch.documents is not None:
-            return self._lm.rotary_of(length, batch.documents)
+        if batch.packed:
+            return self._lm.rotary_of(batch.length, batch.documents)
         if self._rotary is None:
-            self._rotary = self._lm.rotary_of(length, None)
+            self._rotary = self._lm.rotary_of(batch.length, None)
         return self._rotary
 
-    def _add_loss(self, index: int, batch: Microbatch, h_sbh: Tensor, *, leaves: bool) -> Tensor:
+    def _add_loss(self, index: int, batch: OwnTokens, h_sbh: Tensor, *, leaves: bool) -> Tensor:
         """Adds this loop's loss. `leaves`: the state goes on to another rank, beyond autograd's reach."""
         if index not in self._losses:
             self._losses[index] = self._new_loss(batch)
@@ -347,7 +400,7 @@ class _LoopedForward:
         self._losses[index].add_loop(leaf_sbh)
         return JoinLoopGradient.apply(h_sbh, leaf_sbh)
 
-    def _new_loss(self, batch: Microbatch) -> LoopLoss:
+    def _new_loss(self, batch: OwnTokens) -> LoopLoss:
         lm, context = self._lm, self._engine.context
         assert lm.output_layer is not None
         head = HeadGroup(context.groups.tp, context.tensor_rank, context.tensor_size, context.sequence_parallel)
