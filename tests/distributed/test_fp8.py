@@ -76,6 +76,11 @@ def test_looped_pipeline() -> None:
     )
 
 
+def test_context_parallelism() -> None:
+    """A rank scales its own slices of each sequence; 64 tokens are half a block of `blockwise`."""
+    check([layout for layout in every_recipe(context=2) if layout.recipe != "blockwise"])
+
+
 def test_all_at_once() -> None:
     base = Fp8Layout("current", tensor=2, pipeline=2, sequence_parallel=True)
     check([base, replace(base, recipe="blockwise", recompute="full"), replace(base, data=1, last_bf16=1)])
