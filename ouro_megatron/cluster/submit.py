@@ -115,9 +115,9 @@ def run_here(pipeline: Pipeline, wanted: Plan, train: Callable[[Recipe], int], s
     from ouro_megatron.checkpoint.average import average_files
     from ouro_megatron.evaluation.upcycled import upcycle_and_compare
 
-    problems = [problem for job in wanted.submit for problem in data_problems(job)]
+    problems = list(data_problems(wanted.submit))
     if problems:
-        lines = "".join(f"\n  {problem}" for problem in dict.fromkeys(problems))
+        lines = "".join(f"\n  {problem}" for problem in problems)
         raise ClusterError(f"pipeline {pipeline.name} cannot run; nothing was started:{lines}")
     for name in wanted.finished:
         say(f"{name}: finished already")

@@ -69,10 +69,10 @@ class Project:
         }
         (folder / "cluster.yaml").write_text(yaml.safe_dump(cluster))
 
-    def add(self, name: str, *, nodes: int = 1, **sections: Any) -> None:
+    def add(self, name: str, *, nodes: int = 1, time: str = "24:00:00", **sections: Any) -> None:
         recipe = tiny_recipe(self.folder, name=name, **sections)
         (self.folder / f"{name}.yaml").write_text(dump_recipe(recipe))
-        self.add_step(recipe=f"{name}.yaml", nodes=nodes)
+        self.add_step(recipe=f"{name}.yaml", nodes=nodes, time=time)
 
     def add_step(self, **step: Any) -> None:
         self.steps.append({"time": "0:30:00", **step})
@@ -203,6 +203,26 @@ def test_a_node_that_dies_during_a_save_costs_only_the_steps_since_the_one_befor
     assert [record.loss for record in project.done("first")] == undisturbed
     records = read_records(project.runs / "first" / "metrics.jsonl")
     assert any(isinstance(record, EventRecord) and record.name == "resume" for record in records)
+
+
+def test_a_stage_longer_than_the_time_limit_requeues_itself_until_it_is_done(
+    project: Project, undisturbed: list[float]
+) -> None:
+    """Nobody but Slurm signals here: it warns the ranks 30 seconds before a limit of one minute."""
+    slurm = project.slurm
+    project.add("first", nodes=2, time="0:01:00", **STAGE)
+    project.add("second", init={"stage": "first"}, parallel={"data": 2}, **SMALL)
+    project.submit("cluster.grace_seconds=30", "cluster.retries=10")
+    first, second = project.job("first"), project.job("second")
+    wait_until(lambda: len(project.done("first")) >= 8 or slurm.state(first) == "PENDING", 60, "8 steps are done")
+    for rank in project.ranks("first"):
+        rank.suspend()  # so that it does not finish before the limit; Slurm wakes what it warns
+    wait_until(lambda: slurm.state(first) == "PENDING", 100, "Slurm's warning has come, the job is requeued")
+    assert "saved and stopped; requeueing" in project.log("first")
+    assert slurm.show(second)["Reason"] == "Dependency", "what waits for it goes on waiting"
+    assert slurm.wait(first, second, timeout=200) == {str(first): "COMPLETED", str(second): "COMPLETED"}
+    assert int(slurm.show(first)["Restarts"]) >= 1
+    assert [record.loss for record in project.done("first")] == undisturbed
 
 
 def test_a_warning_requeues_a_rank_that_dies_is_tried_again_and_cancel_saves(project: Project) -> None:

@@ -54,7 +54,7 @@ def test_a_thousand_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         parallel={"tensor": 2, "pipeline": 2, "sequence": True, "layers": [3, 1]},
         batch={"global_tokens": 256 * 2 * 32, "microbatch": 1},
     )
-    dry_run(recipe, 1024, workers=2)
+    dry_run(recipe, 1024)
     shown = capsys.readouterr().out
     assert "agree in group, order, shape and type" in shown and "data.train: 1 sources" in shown
     assert "6 ranks of 1024" in shown
