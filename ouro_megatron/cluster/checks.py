@@ -91,8 +91,8 @@ def data_problems(jobs: Sequence[Job]) -> Iterator[str]:
                 yield f"{job.name}: data: {error}"
         if missing:
             yield (
-                f"{job.name}: data: {len(missing)} pairs .bin/.idx are missing: {', '.join(missing)}; prepare them "
-                "(`ouro data prepare`), or submit only steps that do not need them (--to)"
+                f"{job.name}: data: these .bin/.idx pairs are missing ({len(missing)}): {', '.join(missing)}; prepare "
+                "them (`ouro data prepare`), or submit only steps that do not need them (--to)"
             )
         if data.tokenizer not in seen and not (data.tokenizer / "tokenizer.json").is_file():
             yield f"{job.name}: data.tokenizer: {data.tokenizer / 'tokenizer.json'} is missing"

@@ -70,8 +70,8 @@ class Cluster(Section):
     """More options of srun, such as "--cpu-bind=none"."""
     setup: list[str] = Field(default_factory=list)
     """Shell lines run on the first node before the ranks start: modules, ulimits."""
-    environment: dict[str, str] = Field(default_factory=dict)
-    """Variables of all ranks, such as NCCL's."""
+    environment: dict[str, Annotated[str, Field(coerce_numbers_to_str=True)]] = Field(default_factory=dict)
+    """Variables of all ranks, such as NCCL's; numbers need no quotes."""
     container: Container | None = None
     command: str = ".venv/bin/ouro"
     """The `ouro` of the ranks, from the project's folder or inside the container."""

@@ -64,8 +64,8 @@ def test(script: Path) -> str | None:
     done = run("sbatch", "--test-only", str(script))
     if done.returncode and any(words in done.stderr for words in _NOBODY):
         raise ClusterError(
-            f"sbatch reaches no Slurm controller ({_first_line(done.stderr)}): run this on a login node, or see whether "
-            "Slurm is up (`scontrol ping`)"
+            f"sbatch reaches no Slurm controller ({_first_line(done.stderr)}): run this on a login node, or see "
+            "whether Slurm is up (`scontrol ping`)"
         )
     return None if done.returncode == 0 else _first_line(done.stderr)
 

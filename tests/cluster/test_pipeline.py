@@ -157,6 +157,7 @@ class Shell:
             **os.environ,
             "PATH": f"{self.programs}{os.pathsep}{os.environ['PATH']}",
             "SLURM_JOB_ID": "7",
+            "SLURM_CPUS_PER_TASK": "12",
             "SLURM_JOB_NODELIST": "n1",
         }
         return subprocess.Popen(
@@ -183,8 +184,8 @@ def test_the_script_requeues_what_may_still_succeed(tmp_path: Path) -> None:
     assert "saved and stopped; requeueing" in process.communicate(timeout=60)[0]
     assert process.returncode == 75 and "requeue 7" in shell.calls.read_text()
     assert (
-        f"srun 10.0.0.1 --kill-on-bad-exit=0 --wait=60 .venv/bin/ouro train {shell.job.slurm_folder}/recipe.yaml"
-        in (shell.calls.read_text())
+        f"srun 10.0.0.1 --kill-on-bad-exit=0 --wait=60 --cpus-per-task=12 .venv/bin/ouro train "
+        f"{shell.job.slurm_folder}/recipe.yaml" in shell.calls.read_text()
     )
     for code in (2, 3, 4):
         assert shell.run(code)[:2] == (code, False)
