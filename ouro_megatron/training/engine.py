@@ -143,6 +143,7 @@ class Engine:
         """Makes the optimizer's fp32 copies follow weights that were filled after this engine was built."""
         with self.context.platform.megatron_calls():
             self.optimizer.reload_model_params()
+        self.lm.weights_changed()
 
     def train_step(self, batches: list[Microbatch], lr: float, judge: Judge | None = None) -> StepResult:
         """One optimizer step over this rank's microbatches. All ranks call it together."""
@@ -156,7 +157,9 @@ class Engine:
         self.position.phase = "forward and backward"
         self.ddp.train()
         self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self._spare_placeholders()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
         means = self._run(batches, training=True).means()
         self._reduce_gradients(means.tokens)
         return means
@@ -217,6 +220,17 @@ class Engine:
         vector = self.context.from_last_stage(self.context.sum_over_data(sums.to_tensor()))
         return LoopSums.from_tensor(vector, loops)
 
+    def _spare_placeholders(self) -> None:
+        """Linears that add to `main_grad` themselves hand autograd a placeholder of the weight's size for Megatron's
+        hook, unless the parameter lacks this mark. Autograd would add the placeholders of all visits up; the hook is
+        only needed where gradients are reduced while backward runs.
+        """
+        if self.overlap or not self.lm.config.gradient_accumulation_fusion:
+            return
+        for parameter in self.lm.decoder.parameters():
+            if parameter.dim() == 2:
+                del parameter.grad_added_to_main_grad
+
     def _reduce_gradients(self, tokens: float) -> None:
         """One gradient reduction for the whole step, then division by the global token count."""
         finalize_model_grads(
@@ -243,6 +257,7 @@ class Engine:
                     if parameter.grad is not None:
                         parameter.grad.mul_(scale)
         self.optimizer.step_with_ready_grads()
+        self.lm.weights_changed()
         return StepResult(means, norm)
 
 
