@@ -80,7 +80,8 @@ def submit(
         typer.secho(f"# {job.slurm_folder / 'job.sbatch'}, after {', '.join(job.needs) or 'nothing'}", bold=True)
         typer.echo(render(job, loaded.cluster, loaded.name, project))
     jobs.check(loaded, wanted, project)
-    typer.echo(f"# good: {len(wanted.submit)} steps to submit, {len(wanted.finished)} finished, nothing was submitted")
+    steps = f"{len(wanted.submit)} {'step' if len(wanted.submit) == 1 else 'steps'} to submit"
+    typer.echo(f"# good: {steps}, {len(wanted.finished)} finished, nothing was submitted")
 
 
 def status(

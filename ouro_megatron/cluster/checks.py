@@ -16,6 +16,7 @@ from ouro_megatron.data.complete import complete
 from ouro_megatron.data.indexed import check_prefix, pairs_of
 from ouro_megatron.errors import ClusterError, DataError, OuroError, RecipeError
 from ouro_megatron.recipe.validate import check_recipe
+from ouro_megatron.telemetry.text import duration
 
 
 def completed(job: Job) -> Job:
@@ -129,6 +130,7 @@ def _command_problems(cluster: Cluster, project: Path) -> Iterator[str]:
 def _refusals(pipeline: Pipeline, jobs: Sequence[Job], project: Path) -> Iterator[str]:
     """What sbatch itself would refuse: partitions, GPUs, nodes, times."""
     refused: dict[tuple[str, str], list[str]] = {}
+    limits = slurm.time_limits()
     with tempfile.TemporaryDirectory(prefix="ouro-submit-") as folder:
         for number, job in enumerate(jobs):
             script = Path(folder) / f"{number}.sbatch"
@@ -140,8 +142,20 @@ def _refusals(pipeline: Pipeline, jobs: Sequence[Job], project: Path) -> Iterato
                 return
             if reason is not None:
                 refused.setdefault((reason, _asked(job, pipeline.cluster)), []).append(job.name)
+            elif (limit := _limit_below(job, pipeline.cluster, limits)) is not None:
+                yield (
+                    f"{job.name} asks for {job.time}, its partition's time limit is {duration(limit)}: it would wait for "
+                    "ever; ask for less (--time), a stage goes on in further jobs"
+                )
     for (reason, asked), names in refused.items():
         yield f"sbatch would refuse {', '.join(names)} ({asked}): {reason}"
+
+
+def _limit_below(job: Job, cluster: Cluster, limits: dict[str, int]) -> int | None:
+    """The partition's time limit where the job's is above it: unless the site says so, sbatch takes such a job."""
+    names = (job.partition or cluster.partition or "").split(",")
+    longest = max(limits.get(name, 0) for name in names) if all(name in limits for name in names) else None
+    return longest if longest is not None and seconds_of(job.time) > longest else None
 
 
 def _asked(job: Job, cluster: Cluster) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ouro_megatron.cluster.settings import seconds_of
 from ouro_megatron.errors import ClusterError
 
 _SECONDS = 60.0
@@ -68,6 +69,20 @@ def test(script: Path) -> str | None:
             "whether Slurm is up (`scontrol ping`)"
         )
     return None if done.returncode == 0 else _first_line(done.stderr)
+
+
+def time_limits() -> dict[str, int]:
+    """Seconds that jobs may run by partition, those without a limit left out; "" is the default one. Empty where sinfo
+    says nothing."""
+    done = run("sinfo", "--noheader", "--format=%P|%l")
+    limits = {}
+    for line in done.stdout.splitlines() if done.returncode == 0 else ():
+        name, _, limit = line.strip().partition("|")
+        if limit[:1].isdigit():
+            limits[name.rstrip("*")] = seconds_of(limit)
+            if name.endswith("*"):
+                limits[""] = seconds_of(limit)
+    return limits
 
 
 def submit(script: Path, after: Sequence[int]) -> int:

@@ -277,6 +277,14 @@ def test_what_cannot_run_is_refused_with_all_reasons_before_sbatch(project: Proj
         assert reason in said, said
     assert not project.runs.exists(), "nothing may be left behind"
     assert project.slurm.run("squeue", "-h").stdout == ""
+    project.add("fine", **SMALL)
+    only = ("--from", "fine", "--to", "fine")
+    long = project.ouro("submit", "pipeline.yaml", *only, "cluster.partition=short", "--time", "0:30:00", code=8)
+    assert "fine asks for 0:30:00, its partition's time limit is 10m 00s: it would wait for ever" in long, long
+    brief = project.ouro("submit", "pipeline.yaml", *only, "--time", "1", code=8)
+    assert "fine: its time limit 1 is not longer than cluster.grace_seconds=60" in brief
+    good = project.ouro("submit", "pipeline.yaml", *only, "cluster.partition=short", "--time", "0:10:00", "--dry-run")
+    assert "# good: 1 step to submit" in good
     assert "no step 'orfan'; did you mean 'orphan'?" in project.ouro(
         "submit", "pipeline.yaml", "--from", "orfan", code=8
     )
