@@ -144,8 +144,8 @@ def _refusals(pipeline: Pipeline, jobs: Sequence[Job], project: Path) -> Iterato
                 refused.setdefault((reason, _asked(job, pipeline.cluster)), []).append(job.name)
             elif (limit := _limit_below(job, pipeline.cluster, limits)) is not None:
                 yield (
-                    f"{job.name} asks for {job.time}, its partition's time limit is {duration(limit)}: it would wait for "
-                    "ever; ask for less (--time), a stage goes on in further jobs"
+                    f"{job.name} asks for {job.time}, its partition's time limit is {duration(limit)}: it would "
+                    "wait for ever; ask for less (--time), a stage goes on in further jobs"
                 )
     for (reason, asked), names in refused.items():
         yield f"sbatch would refuse {', '.join(names)} ({asked}): {reason}"

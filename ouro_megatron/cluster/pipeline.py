@@ -129,6 +129,14 @@ def load_pipeline(
     return Pipeline(settings.name, tuple(_in_order(jobs)), machine)
 
 
+def stages_of(path: Path) -> list[Recipe]:
+    """Recipes of the pipeline at `path`, in order; none when there is no pipeline file. Raises as `load_pipeline`."""
+    file = path / PIPELINE_NAME if path.is_dir() else path
+    if not file.is_file() or _is_recipe(file):
+        return []
+    return [job.recipe for job in load_pipeline(path).jobs if job.recipe is not None]
+
+
 def _is_recipe(file: Path) -> bool:
     """A recipe has a model or extends something that has one; a pipeline has steps or includes others."""
     try:
