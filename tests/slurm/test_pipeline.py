@@ -208,16 +208,16 @@ def test_a_node_that_dies_during_a_save_costs_only_the_steps_since_the_one_befor
 def test_a_stage_longer_than_the_time_limit_requeues_itself_until_it_is_done(
     project: Project, undisturbed: list[float]
 ) -> None:
-    """Nobody but Slurm signals here: it warns the ranks 30 seconds before a limit of one minute."""
+    """Nobody but Slurm signals here: it warns the ranks a minute before a limit of two."""
     slurm = project.slurm
-    project.add("first", nodes=2, time="0:01:00", **STAGE)
+    project.add("first", nodes=2, time="0:02:00", **STAGE)
     project.add("second", init={"stage": "first"}, parallel={"data": 2}, **SMALL)
-    project.submit("cluster.grace_seconds=30", "cluster.retries=10")
+    project.submit()
     first, second = project.job("first"), project.job("second")
-    wait_until(lambda: len(project.done("first")) >= 8 or slurm.state(first) == "PENDING", 60, "8 steps are done")
+    project.wait_for_steps("first", 8)
     for rank in project.ranks("first"):
         rank.suspend()  # so that it does not finish before the limit; Slurm wakes what it warns
-    wait_until(lambda: slurm.state(first) == "PENDING", 100, "Slurm's warning has come, the job is requeued")
+    wait_until(lambda: slurm.state(first) == "PENDING", 120, "Slurm's warning has come, the job is requeued")
     assert "saved and stopped; requeueing" in project.log("first")
     assert slurm.show(second)["Reason"] == "Dependency", "what waits for it goes on waiting"
     assert slurm.wait(first, second, timeout=200) == {str(first): "COMPLETED", str(second): "COMPLETED"}
