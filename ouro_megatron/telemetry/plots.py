@@ -221,9 +221,9 @@ def draw_sources(axes: Axes, timeline: Timeline) -> None:
     colours: dict[str, Any] = {}
     replays = False
     for span, steps in _pieces(timeline):
-        if span.branch:
-            continue
         sources = list(dict.fromkeys(source_of(name) for _, step in steps for name in step.source_share))
+        if span.branch or not sources:
+            continue
         shares = [
             [sum(share for name, share in step.source_share.items() if source_of(name) == source) for _, step in steps]
             for source in sources
