@@ -202,6 +202,11 @@ def test_the_script_gives_up_after_failures_without_a_new_checkpoint(tmp_path: P
     said, _ = process.communicate(timeout=60)
     assert "failed with exit code 137 (failure 1 without" in said
     assert [shell.run(5)[1] for _ in range(2)] == [True, False]
+    aside = f'mv "{marker.parent}" "{marker.parent}.corrupt"; exit 1'
+    said, _ = shell.start(aside).communicate(timeout=60)
+    assert "failure 1 without" in said, "back at the start: the newest checkpoint is another one"
+    code, requeued, said = shell.run(1)
+    assert requeued and "failure 2 without" in said, "a damaged checkpoint that was set aside is none"
     code, requeued, said = shell.run(1)
     assert (code, requeued) == (1, False)
     assert "giving up" in said
