@@ -68,12 +68,18 @@ def compare(lm: LoopLM, exact: LoopLM, tokens: Tensor, states: list[Tensor], gra
             row["state"].append(relative(rounded[t], states[t]))
             row["visit"].append(relative(once, states[t]))
             row["logits"].append(relative(mine, target))
-            row["kl"].append(float(F.kl_div(mine.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="sum") / mine[..., 0].numel()))
+            row["kl"].append(divergence(mine, target))
     for count, target in enumerate(gradients, start=1):
         mine = gradient_at(lm, tokens, count)
         row["gradient"].append(relative(mine, target))
         row["cosine"].append(float(F.cosine_similarity(mine, target, dim=0)))
     return row
+
+
+def divergence(mine_sbv: Tensor, target_sbv: Tensor) -> float:
+    """Mean over tokens of KL(target || mine), nats."""
+    each = F.kl_div(mine_sbv.log_softmax(-1), target_sbv.log_softmax(-1), log_target=True, reduction="none")
+    return float(each.sum(-1).mean())
 
 
 def relative(mine: Tensor, target: Tensor) -> float:

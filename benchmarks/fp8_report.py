@@ -50,16 +50,15 @@ def tail(curve: dict[str, list[float]], steps: int = 50) -> float:
 
 def curve_table(curves: dict[str, Any]) -> str:
     lines = [
-        "| | held-out loss, last loop | minus bf16 | training loss, last 50 steps | minus bf16 | gradient norm, median |",
+        "| | held-out loss, last loop | minus bf16 | training, last 50 steps | minus bf16 | gradient norm |",
         "|---|---|---|---|---|---|",
     ]
     base = curves["bf16"]
     for name, curve in curves.items():
         held, last = curve["held_out"][-1], tail(curve)
-        lines.append(
-            f"| {SHOWN[name]} | {held:.4f} | {held - base['held_out'][-1]:+.4f} | {last:.4f} | {last - tail(base):+.4f} "
-            f"| {np.median(curve['grad_norm']):.3f} |"
-        )
+        apart, later = held - base["held_out"][-1], last - tail(base)
+        norm = np.median(curve["grad_norm"])
+        lines.append(f"| {SHOWN[name]} | {held:.4f} | {apart:+.4f} | {last:.4f} | {later:+.4f} | {norm:.3f} |")
     return "\n".join(lines)
 
 
@@ -110,7 +109,9 @@ def draw_loops(errors: dict[str, Any], path: Path) -> None:
         for axis, measure in zip(axes, ("state", "logits", "gradient"), strict=True):
             for name, row in errors.items():
                 values = row[measure]
-                axis.plot(range(1, len(values) + 1), values, marker="o", markersize=3, color=COLOURS[name], label=SHOWN[name])
+                axis.plot(
+                    range(1, len(values) + 1), values, marker="o", markersize=3, color=COLOURS[name], label=SHOWN[name]
+                )
             axis.set(title=f"Relative {MEASURES[measure]}", xlabel="loop", yscale="log")
         axes[0].legend()
         figure.tight_layout()

@@ -17,7 +17,7 @@ APEX = (
     "git clone https://github.com/NVIDIA/apex && cd apex && "
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
 )
-_LONGEST = 120.0
+_LONGEST = 300.0
 """Seconds that importing all packages may take."""
 
 
@@ -171,7 +171,9 @@ def _gpu(torch: dict[str, Any], capability: tuple[int, int] | None) -> list[Find
         hint = "check nvidia-smi and CUDA_VISIBLE_DEVICES"
         return [*found, Finding("GPU", "missing", "torch sees none", cost, hint)]
     for index, device in enumerate(torch["devices"]):
-        text = f"{device['name']}, {device['bytes'] / 2**30:.0f} GiB, compute capability {_dotted(device['capability'])}"
+        text = (
+            f"{device['name']}, {device['bytes'] / 2**30:.0f} GiB, compute capability {_dotted(device['capability'])}"
+        )
         found.append(Finding(f"GPU {index}", "active", text, provides=("gpu",)))
     return found
 
@@ -210,7 +212,9 @@ def _fp8(engine: Answer, capability: tuple[int, int] | None) -> Finding:
         return Finding("FP8", "missing", "no GPU here", emulated, "a GPU of compute capability 8.9 or more")
     if capability < (8, 9):
         why = f"compute capability {_dotted(capability)}"
-        return Finding("FP8", "missing", why, emulated, "a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell)")
+        return Finding(
+            "FP8", "missing", why, emulated, "a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell)"
+        )
     if engine.facts is None:
         return Finding("FP8", "missing", "needs Transformer Engine", emulated, "see Transformer Engine")
     recipes = ["current", "delayed"] + ["blockwise"] * (capability >= (9, 0)) + ["mxfp8"] * (capability >= (10, 0))
@@ -239,8 +243,16 @@ def _slurm() -> Finding:
     lacking = [name for name in SLURM if name not in there]
     cost = "`ouro submit` cannot queue jobs here; `ouro submit --local` runs a pipeline on this machine"
     if not there:
-        return Finding("Slurm", "missing", "no Slurm command", cost, "apt install slurm-client, with the site's slurm.conf")
+        return Finding(
+            "Slurm", "missing", "no Slurm command", cost, "apt install slurm-client, with the site's slurm.conf"
+        )
     if lacking:
         return Finding("Slurm", "broken", f"{', '.join(lacking)} not found", cost, "apt install slurm-client")
-    done = subprocess.run(["sbatch", "--version"], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("Slurm", "broken", f"sbatch does not start: {error}", cost, "check slurm.conf and munge")
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return Finding("Slurm", "broken", f"sbatch: {said[-1]}", cost, "check slurm.conf and munge")
     return Finding("Slurm", "active", done.stdout.strip().removeprefix("slurm "), provides=("slurm",))

@@ -33,9 +33,7 @@ def _torch() -> Facts:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
-            devices.append(
-                {"name": facts.name, "bytes": facts.total_memory, "capability": [facts.major, facts.minor]}
-            )
+            devices.append({"name": facts.name, "bytes": facts.total_memory, "capability": [facts.major, facts.minor]})
     nccl = ""
     if torch.version.cuda and torch.distributed.is_nccl_available():
         nccl = ".".join(str(part) for part in torch.cuda.nccl.version())

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -48,7 +49,7 @@ def unmet(findings: list[Finding], required: list[str]) -> list[str]:
 
 def show_table(findings: list[Finding], console: Console) -> None:
     """What is there first, then what each missing piece costs and the command that installs it."""
-    table = Table("", "state", "found")
+    table = Table("", "state", "found", box=SIMPLE)
     for finding in findings:
         colour = _COLOURS[finding.state]
         table.add_row(finding.name, f"[{colour}]{finding.state}[/]", escape(finding.found))

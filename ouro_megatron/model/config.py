@@ -31,7 +31,9 @@ def transformer_config(
     Losses are summed over tokens and divided by the global count once (`calculate_per_token_loss`).
     """
     on_cpu = device.type == "cpu"
-    fused = fuses_weight_gradients(model.implementation, device) is not None
+    # Emulated FP8 products hand their gradients to autograd.
+    emulated = fp8 is not None and fp8.emulate
+    fused = fuses_weight_gradients(model.implementation, device) is not None and not emulated
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -54,6 +56,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         pipeline_model_parallel_layout=_pipeline_layout(layers_by_rank),
         sequence_parallel=parallel.sequence,
         calculate_per_token_loss=True,

@@ -19,8 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from ouro_megatron.errors import RecipeError
-from ouro_megatron.model.attention import ScaledDotProductAttention
-from ouro_megatron.model.documents import documents_through
+from ouro_megatron.model.attention import ScaledDotProductAttention, transformer_engine_core
 from ouro_megatron.model.fp8.emulation import (
     EmulatedColumnParallelLinear,
     EmulatedRowParallelLinear,
@@ -161,7 +160,7 @@ def _sandwich_layer(
     core_attention: type,
     pre_norm: type = RMSNorm,
 ) -> ModuleSpec:
-    """A sandwich layer from one library's parts. The norms after the sub-layers add the residual, which only ours do."""
+    """A sandwich layer from one library's parts. Norms after sub-layers are ours: only they add the residual."""
     attention = SelfAttentionSubmodules(linear_qkv=column_linear, core_attention=core_attention, linear_proj=row_linear)
     mlp = MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear, activation_func=SwiGLU)
     return ModuleSpec(
@@ -220,7 +219,7 @@ def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
     layer = _sandwich_layer(
         column_linear=TELayerNormColumnParallelLinear,
         row_linear=TERowParallelLinear,
-        core_attention=documents_through(TEDotProductAttention),
+        core_attention=transformer_engine_core(TEDotProductAttention),
         pre_norm=IdentityOp,
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
@@ -228,8 +227,8 @@ def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
 
 def _no_transformer_engine() -> RecipeError:
     return RecipeError(
-        "model.implementation: transformer_engine is not installed on this machine; install it beside the CUDA build of "
-        "torch (pip install 'transformer-engine[pytorch]') or use model.implementation=local"
+        "model.implementation: transformer_engine is not installed on this machine; install it beside the CUDA build "
+        "of torch (docs/gpu.md; `ouro doctor` shows what is missing) or use model.implementation=local"
     )
 
 

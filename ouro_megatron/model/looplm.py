@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from ouro_megatron.model.attention import rotary_embedding
 from ouro_megatron.model.config import head_dim, transformer_config
+from ouro_megatron.model.context_attention import ContextPart
 from ouro_megatron.model.documents import DocumentBounds
-from ouro_megatron.model.fp8.emulation import Fp8Emulation
+from ouro_megatron.model.fp8.emulation import AmaxHistory, Fp8Emulation, amax_histories
 from ouro_megatron.model.layer import FUSED_NORMS, block_spec
 from ouro_megatron.model.layout import Split, split_of, take_shard, whole_shape
 from ouro_megatron.parallel.context import ParallelContext
@@ -71,7 +72,10 @@ class LoopLM(MegatronModule):
         fp8: Fp8Section | None = None,
     ) -> None:
         parallel = ParallelSection(
-            tensor=context.tensor_size, pipeline=context.pipeline_size, sequence=context.sequence_parallel
+            tensor=context.tensor_size,
+            pipeline=context.pipeline_size,
+            context=context.context_size,
+            sequence=context.sequence_parallel,
         )
         self._layers_by_rank = list(layers_by_rank or balanced_layers(model, context.pipeline_size))
         config = transformer_config(
@@ -126,6 +130,7 @@ class LoopLM(MegatronModule):
                 tp_group=groups.tp,
             )
         self._mark_tensor_parallel()
+        self.weights_changed()
 
     def _mark_tensor_parallel(self) -> None:
         """Says which parameters are cut over ranks. Megatron does so while initialising, which is skipped here;
@@ -146,19 +151,20 @@ class LoopLM(MegatronModule):
         """RoPE angles for positions [s] or [s, b], the same in every loop; see `rotary_embedding`."""
         return rotary_embedding(positions_s, head_dim(self.model), self.model.rope_base)
 
-    def rotary_of(self, length: int, documents: DocumentBounds | None) -> Tensor:
-        """RoPE angles for whole sequences of `length` tokens, which begin anew with each of `documents`."""
+    def rotary_of(self, length: int, documents: DocumentBounds | ContextPart | None) -> Tensor:
+        """RoPE angles of this rank's tokens of sequences of `length`, which begin anew with each of `documents`."""
         if documents is not None:
             return self.rotary(documents.positions_sb)
-        return self.rotary(torch.arange(length, device=self.context.device))
+        return self.rotary(self.context.own_positions(length).to(self.context.device))
 
     def run_layers(
-        self, h_sbh: Tensor, rotary: Tensor, loop: int = 0, documents: DocumentBounds | None = None
+        self, h_sbh: Tensor, rotary: Tensor, loop: int = 0, documents: DocumentBounds | ContextPart | None = None
     ) -> Tensor:
         """One visit of this rank's layers: [s, b, h] -> [s, b, h], with the final norm on the last pipeline rank.
 
         `loop` counts from 0; with `recompute_loops` = k loops k and later keep their activations. With `documents`
-        each attends to itself only; `rotary` must be of their positions.
+        each attends to itself only; `rotary` must be of their positions. Under context parallelism s counts this rank's
+        tokens, and the local attention core needs their ContextPart.
         """
         self._choose_recomputation(loop)
         return self.decoder(
@@ -169,8 +175,13 @@ class LoopLM(MegatronModule):
         """To be called after each update and each load: copies of weights in another format are made anew."""
         if self.fp8_emulation is not None:
             self.fp8_emulation.weights_changed()
-        # Transformer Engine's linears make their FP8 copies in their next visit and keep them for all that follow.
-        self.set_is_first_microbatch()
+        for module in self.modules():
+            if hasattr(module, "is_first_microbatch"):
+                # One of Transformer Engine's linears. Without a copy it makes one in its next visit and keeps it for
+                # all that follow. Its own word for that, a first microbatch, would also make that visit's gradient
+                # replace what other loops have added to the buffer by then.
+                module.is_first_microbatch = False
+                module._fp8_workspaces.clear()
 
     def _choose_recomputation(self, loop: int) -> None:
         mode = self._recompute
@@ -199,14 +210,21 @@ class LoopLM(MegatronModule):
 
     def named_global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under layout-independent names: layers are numbered over the whole pipeline."""
-        offset = sum(self._layers_by_rank[: self.context.pipeline_rank])
         for name, parameter in self.named_parameters():
-            if name.startswith("decoder.layers."):
-                _, _, index, rest = name.split(".", 3)
-                for fused, plain in FUSED_NORMS.items():
-                    rest = rest.replace(fused, plain)
-                name = f"decoder.layers.{int(index) + offset}.{rest}"
-            yield name, parameter
+            yield self._global_name(name), parameter
+
+    def named_amax_histories(self) -> Iterator[tuple[str, AmaxHistory]]:
+        """Histories of delayed FP8 scaling under layout-independent names; none for other recipes."""
+        for name, history in amax_histories(self):
+            yield self._global_name(name), history
+
+    def _global_name(self, name: str) -> str:
+        if not name.startswith("decoder.layers."):
+            return name
+        _, _, index, rest = name.split(".", 3)
+        for fused, plain in FUSED_NORMS.items():
+            rest = rest.replace(fused, plain)
+        return f"decoder.layers.{int(index) + sum(self._layers_by_rank[: self.context.pipeline_rank])}.{rest}"
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

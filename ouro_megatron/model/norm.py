@@ -15,7 +15,7 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_h: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_h: Tensor, eps: float, residual: Tensor | None) -> Tensor:
         if x.is_cuda:
             from ouro_megatron.kernels import rms_norm
 

@@ -59,14 +59,15 @@ def token_cross_entropy(
         d_weight = torch.zeros_like(weight, dtype=wide)
     for start in range(0, hidden.shape[0], chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        logits = hidden[part] @ weight.t()
         coefficient = None if coefficient_n is None else coefficient_n[part]
-        chunk = _chunk_on_cuda if logits.is_cuda else _chunk
-        ce_n[part], d_logits = chunk(logits, labels_n[part], coefficient, first_id, head)
+        chunk = _chunk_on_cuda if hidden.is_cuda else _chunk
+        # The logits are handed on without a name here, so that they are gone once they have become something else.
+        ce_n[part], d_logits = chunk(hidden[part] @ weight.t(), labels_n[part], coefficient, first_id, head)
         if d_logits is None or d_hidden is None or d_weight is None:
             continue
         torch.mm(d_logits, weight, out=d_hidden[part])
         _add_product(d_weight, d_logits, hidden[part])
+        del d_logits  # not there any more when the next chunk's logits are formed
     if d_hidden is None:
         return ce_n, None
     shape = (-1, *h_sbh.shape[1:])

@@ -4,8 +4,10 @@ Both run in fp64: rounding to 8 bits then meets the same numbers on both sides, 
 Megatron's gradient buffers are fp32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from tests.reference.fp8 import Fp8Reference, in_fp8
 from tests.reference.looplm import ReferenceLoopLM, ReferenceObjective, token_loss
 from tests.reference.mapping import reference_config, to_megatron
 
-SEQUENCE, MICROBATCH = 64, 2
+SEQUENCE, MICROBATCH, MICROBATCHES = 64, 2, 2
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,15 @@ class Fp8Layout:
     layers: int = 2
     first_bf16: int = 0
     last_bf16: int = 0
-    overlap: bool = False
 
     @property
     def ranks(self) -> int:
         return self.tensor * self.pipeline * self.data
 
     @property
-    def microbatches(self) -> int:
-        return 2 * self.pipeline
+    def without_pipeline(self) -> "Fp8Layout":
+        """With the same reference: neither the pipeline nor recomputation change a number."""
+        return replace(self, pipeline=1, sequence_parallel=False, recompute="none")
 
     def section(self) -> Fp8Section:
         return Fp8Section(
@@ -76,33 +78,16 @@ class _WideAngles(LoopLM):
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
-def compare_all(layouts: list[Fp8Layout]) -> list[Fp8Differences]:
-    """Runs on every rank; the layouts share one set of process groups."""
-    first = layouts[0]
-    context = create_context(
-        ParallelSection(tensor=first.tensor, pipeline=first.pipeline, sequence=first.sequence_parallel)
-    )
-    try:
-        return [_compare(layout, context) for layout in layouts]
-    finally:
-        context.close()
+@dataclass(frozen=True)
+class Expected:
+    loss: float
+    gradients: dict[str, np.ndarray]
+    """Whole, under this project's names."""
 
 
-def model_of(layout: Fp8Layout) -> ModelSection:
-    return ModelSection(layers=layout.layers, hidden=256, heads=8, ffn=256, vocab=64, loops=layout.loops)
-
-
-def rows_of(layout: Fp8Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens, labels int64 and mask [microbatches x data x MICROBATCH, s]."""
-    generator = torch.Generator().manual_seed(3)
-    count = layout.microbatches * layout.data * MICROBATCH
-    tokens = torch.randint(0, 64, (count, SEQUENCE), generator=generator)
-    labels = torch.randint(0, 64, (count, SEQUENCE), generator=generator)
-    return tokens, labels, (torch.rand(count, SEQUENCE, generator=generator) > 0.2).float()
-
-
-def reference_step(layout: Fp8Layout, *, rounded: bool) -> tuple[ReferenceLoopLM, float, dict[str, Tensor]]:
-    """The reference, its loss and its gradients under this project's names."""
+@cache
+def expected(layout: Fp8Layout, *, rounded: bool) -> Expected:
+    """From the reference, in this process: with FP8, or without."""
     config = reference_config(model_of(layout))
     reference = ReferenceLoopLM(config)
     fill_reference(reference)
@@ -119,12 +104,44 @@ def reference_step(layout: Fp8Layout, *, rounded: bool) -> tuple[ReferenceLoopLM
         loss.backward()
         total += float(loss)
     gradients = {name: p.grad / counted for name, p in reference.named_parameters() if p.grad is not None}
-    return reference, total / counted, to_megatron(gradients, config)
+    return Expected(total / counted, {name: g.numpy() for name, g in to_megatron(gradients, config).items()})
 
 
-def _compare(layout: Fp8Layout, context: ParallelContext) -> Fp8Differences:
-    reference, loss, gradients = reference_step(layout, rounded=True)
-    _, _, exact = reference_step(layout, rounded=False)
+def both(layout: Fp8Layout) -> tuple[Expected, Expected]:
+    """With FP8 and without."""
+    plain = layout.without_pipeline
+    exact = replace(plain, recipe="none", tensor=1, first_bf16=0, last_bf16=0)
+    return expected(plain, rounded=True), expected(exact, rounded=False)
+
+
+def compare_all(layouts: list[Fp8Layout], wanted: list[tuple[Expected, Expected]]) -> list[Fp8Differences]:
+    """Runs on every rank; the layouts share one set of process groups. `wanted`: what `both` says of each."""
+    first = layouts[0]
+    context = create_context(
+        ParallelSection(tensor=first.tensor, pipeline=first.pipeline, sequence=first.sequence_parallel)
+    )
+    try:
+        return [_compare(layout, context, *pair) for layout, pair in zip(layouts, wanted, strict=True)]
+    finally:
+        context.close()
+
+
+def model_of(layout: Fp8Layout) -> ModelSection:
+    return ModelSection(layers=layout.layers, hidden=256, heads=8, ffn=256, vocab=64, loops=layout.loops)
+
+
+def rows_of(layout: Fp8Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, labels int64 and mask [MICROBATCHES x data x MICROBATCH, s]."""
+    generator = torch.Generator().manual_seed(3)
+    count = MICROBATCHES * layout.data * MICROBATCH
+    tokens = torch.randint(0, 64, (count, SEQUENCE), generator=generator)
+    labels = torch.randint(0, 64, (count, SEQUENCE), generator=generator)
+    return tokens, labels, (torch.rand(count, SEQUENCE, generator=generator) > 0.2).float()
+
+
+def _compare(layout: Fp8Layout, context: ParallelContext, wanted: Expected, exact: Expected) -> Fp8Differences:
+    reference = ReferenceLoopLM(reference_config(model_of(layout)))
+    fill_reference(reference)
     lm = _WideAngles(
         model_of(layout),
         context,
@@ -135,11 +152,11 @@ def _compare(layout: Fp8Layout, context: ParallelContext) -> Fp8Differences:
     load(lm, to_megatron(dict(reference.state_dict()), reference.config))
     objective = ObjectiveSection(chunk_tokens=50)
     # Megatron's distributed optimizer knows no fp64: the engine makes gradients only.
-    engine = Engine(lm, context, objective, None, loops=layout.loops, overlap=layout.overlap)
+    engine = Engine(lm, context, objective, None, loops=layout.loops)
     engine.keep_whole_gradients = True
     tokens, labels, mask = rows_of(layout)
     mine = []
-    for index in range(layout.microbatches):
+    for index in range(MICROBATCHES):
         begin = (index * layout.data + context.data_rank) * MICROBATCH
         part = slice(begin, begin + MICROBATCH)
         mine.append(Microbatch(tokens[part], labels[part], mask[part]))
@@ -147,7 +164,8 @@ def _compare(layout: Fp8Layout, context: ParallelContext) -> Fp8Differences:
     worst, worst_name, apart = 0.0, "", 0.0
     for name, parameter in lm.named_global_parameters():
         target, other = (
-            take_shard(name, which[name], context.tensor_rank, context.tensor_size) for which in (gradients, exact)
+            take_shard(name, torch.from_numpy(which.gradients[name]), context.tensor_rank, context.tensor_size)
+            for which in (wanted, exact)
         )
         if name.endswith("gate.bias"):
             continue  # a sum in which most terms cancel; its weight is compared
@@ -158,7 +176,7 @@ def _compare(layout: Fp8Layout, context: ParallelContext) -> Fp8Differences:
             worst, worst_name = difference, name
     assert lm.fp8_emulation is not None
     return Fp8Differences(
-        loss=abs(means.loss - loss) / abs(loss),
+        loss=abs(means.loss - wanted.loss) / abs(wanted.loss),
         gradient=worst,
         name=worst_name,
         against_exact=apart,

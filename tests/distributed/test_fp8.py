@@ -14,7 +14,7 @@ from ouro_megatron.model.looplm import LoopLM, initialise
 from ouro_megatron.parallel.context import ParallelContext, create_context
 from ouro_megatron.recipe.schema import Fp8Section, ModelSection, ObjectiveSection, OptimizerSection, ParallelSection
 from ouro_megatron.training.engine import Engine, Microbatch
-from tests.distributed.fp8_parity import Fp8Differences, Fp8Layout, compare_all
+from tests.distributed.fp8_parity import Fp8Differences, Fp8Layout, both, compare_all
 from tests.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -23,7 +23,7 @@ RECIPES = ("current", "blockwise", "delayed", "mxfp8")
 
 
 def check(layouts: list[Fp8Layout]) -> None:
-    results = run_ranks(compare_all, layouts[0].ranks, layouts, timeout=200)
+    results = run_ranks(compare_all, layouts[0].ranks, layouts, [both(layout) for layout in layouts], timeout=200)
     for layout, by_rank in zip(layouts, zip(*results, strict=True), strict=True):
         assert max(result.against_exact for result in by_rank) > 0.05, (layout, "rounding should have mattered")
         for result in by_rank:
@@ -56,7 +56,9 @@ def test_every_recipe(layouts: list[Fp8Layout]) -> None:
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputation(recompute: Any) -> None:
-    layouts = [Fp8Layout(recipe, recompute=recompute) for recipe in RECIPES if (recipe, recompute) != ("delayed", "full")]
+    layouts = [
+        Fp8Layout(recipe, recompute=recompute) for recipe in RECIPES if (recipe, recompute) != ("delayed", "full")
+    ]
     check(layouts)
 
 
@@ -151,7 +153,7 @@ def test_a_weight_is_rounded_once_a_step(recompute: str) -> None:
 
 
 def test_delayed_scaling_trains_over_a_pipeline() -> None:
-    """Its numbers depend on the order of visits, so there is no reference: losses stay near those of current scaling."""
+    """Its numbers depend on the order of visits, so there is no reference: losses stay near current scaling's."""
     current, delayed = (run_ranks(pipeline_losses, 2, recipe) for recipe in ("current", "delayed"))
     np.testing.assert_allclose(delayed[0], current[0], rtol=0.02)
     assert delayed[0] == delayed[1] and delayed[0] != current[0]

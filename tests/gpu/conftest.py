@@ -1,4 +1,4 @@
-"""Everything in this folder needs a CUDA GPU; what needs Transformer Engine says so. Without them: skipped, with why."""
+"""All in this folder needs a CUDA GPU; what needs Transformer Engine says so. Without: skipped, with the reason."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""FP8 as plainly as it can be written, in fp64: a table of all 8-bit floats, scales by their definition, one shard after
-the other. Shares nothing with ouro_megatron.model.fp8, not even torch's 8-bit types.
+"""FP8 as plainly as it can be written, in fp64: a table of all 8-bit floats, scales by their definition, one shard
+after the other. Shares nothing with ouro_megatron.model.fp8, not even torch's 8-bit types.
 """
 
 import math

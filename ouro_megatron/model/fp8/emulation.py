@@ -125,7 +125,7 @@ class _Emulated(nn.Module):
         return scale
 
     def weight_copies(self, weight_nk: Tensor) -> tuple[Tensor, Tensor]:
-        """The rounded weight for both of its products, made once an optimizer step whatever the loops and microbatches."""
+        """The rounded weight for both of its products: made once an optimizer step, for all loops and microbatches."""
         now = (self.emulation.weights_version, weight_nk._version, weight_nk.data_ptr())
         if self._copies is None or self._copies_of != now:
             with torch.no_grad():

@@ -1,8 +1,8 @@
 """Rounding to 8-bit floats and back, per recipe, with the scales that Transformer Engine would choose.
 
-A scaled value is x * scale rounded to the nearest 8-bit float; what a matrix product sees is that float / scale. Here the
-result is kept in fp32 (or wider), where it is exact for scales that are powers of two and within 2^-24 else, as in a
-kernel that multiplies 8-bit floats and applies both scales to its fp32 sum.
+A scaled value is x * scale rounded to the nearest 8-bit float; what a matrix product sees is that float / scale. Here
+the result is kept in fp32 (or wider), where it is exact for scales that are powers of two and within 2^-24 else, as in
+a kernel that multiplies 8-bit floats and applies both scales to its fp32 sum.
 
 Sources: transformer_engine/common/recipe (version 2.20), OCP Microscaling formats 1.0.
 """
@@ -103,7 +103,7 @@ class Quantiser:
         return self._tiled(x_mk, form, (1, self.unit) if contracted == 1 else (self.unit, 1))
 
     def rounded_weight(self, weight_nk: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """A weight [n, k] for the forward product (over k) and for the gradient's (over n); one tensor where both agree."""
+        """A weight [n, k] for the forward product (over k) and for d x (over n); one tensor where both agree."""
         if self.recipe == "mxfp8":
             return (
                 self.rounded(weight_nk, E4M3, contracted=1),

@@ -52,7 +52,7 @@ def test_rounding_is_to_the_nearest_ties_to_even(numbers: list[float]) -> None:
         assert torch.equal(round_trip(x, ONE, dtype).double(), nearest(x.double(), form))
 
 
-@given(st.floats(min_value=0.0, max_value=3.4e38, width=32))
+@given(st.floats(min_value=0.0, max_value=2.0**127, width=32))
 @settings(max_examples=300, deadline=None)
 def test_scales(amax: float) -> None:
     """The largest value lands on or below the format's largest, within a factor of two of it for powers of two."""
@@ -75,10 +75,12 @@ def test_scales(amax: float) -> None:
         assert e8m0_scale(whole, E4M3).double() == mx_scale(whole.double())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "form"),
+    [(recipe, form) for recipe in RECIPES for form in FORMS if form == "e4m3" or recipe in ("current", "delayed")],
+)
 @pytest.mark.parametrize("contracted", [0, 1])
-@pytest.mark.parametrize("form", FORMS)
-def test_against_the_reference(recipe: Recipe, contracted: int, form: str) -> None:
+def test_against_the_reference(recipe: Recipe, form: str, contracted: int) -> None:
     x = values(1)
     scale = torch.tensor(3.7) if recipe == "delayed" else None
     mine = Quantiser(recipe).rounded(x.double(), FORMS[form], contracted=contracted, scale=scale)
