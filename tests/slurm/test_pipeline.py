@@ -268,7 +268,7 @@ def test_what_cannot_run_is_refused_with_all_reasons_before_sbatch(project: Proj
     project.add("orphan", init={"checkpoint": str(project.folder / "no-checkpoint")}, **SMALL)
     said = project.ouro("submit", "pipeline.yaml", "cluster.partition=nowhere", code=8)
     for reason in (
-        "wide: 1 nodes x 2 ranks = 2, but parallel.tensor=4 x parallel.pipeline=1 x parallel.context=1 needs 4; 2 nodes",
+        "wide: 1 nodes x 2 ranks = 2, but parallel.tensor=4 x parallel.pipeline=1 x parallel.context=1 needs 4; 2 ",
         f"dataless: data: these .bin/.idx pairs are missing (1): {project.folder}/nowhere; prepare them",
         "no-checkpoint, which does not exist",
         "sbatch would refuse wide, dataless, orphan (1 node, 2 GPUs and 2 cores each, partition nowhere, time ",
