@@ -28,7 +28,7 @@ from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.recipe.validate import check_recipe, ranks_needed
 from ouro_megatron.training.failure import FAILURE_FOLDER
-from ouro_megatron.training.signals import STOP_SIGNALS
+from ouro_megatron.training.signals import STOP_SIGNALS, StopSignals
 from ouro_megatron.training.worker import adopt_slurm_environment, run_worker
 
 _GRACE_SECONDS = 10.0
@@ -58,11 +58,13 @@ def train(recipe: Recipe, nproc: int | None) -> int:
     """
     adopt_slurm_environment()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        signals = StopSignals()
+        signals.install()  # before the data's sizes are read: a stop meanwhile is no failure
         check_recipe(recipe, int(os.environ["WORLD_SIZE"]))
         recipe = complete(recipe)
         check_recipe(recipe, int(os.environ["WORLD_SIZE"]))
         with _recipe_file(recipe) as file:
-            return run_worker(file)
+            return run_worker(file, signals)
     ranks = nproc or ranks_needed(recipe)
     check_recipe(recipe, ranks)
     recipe = complete(recipe)
