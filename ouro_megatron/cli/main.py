@@ -19,6 +19,7 @@ from ouro_megatron.cli.data import data
 from ouro_megatron.cli.evaluation import evaluate
 from ouro_megatron.cli.exchange import export, import_checkpoint
 from ouro_megatron.cli.generate import generate
+from ouro_megatron.cli.lm_eval import lm_eval
 from ouro_megatron.cli.plan import plan
 from ouro_megatron.cli.recipe import recipe
 from ouro_megatron.cli.report import report
@@ -56,6 +57,9 @@ app.command()(generate)
 app.command()(chat)
 app.command()(serve)
 app.command()(benchmark)
+app.command(
+    "lm_eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)(lm_eval)
 app.command("eval")(evaluate)
 app.command("evaluate", hidden=True)(evaluate)  # the name it had
 app.command()(upcycle)

@@ -101,6 +101,8 @@ def test_a_chat_over_a_pipe(folder: Path) -> None:
     shown = result.stdout
     assert shown.count("4 tokens, mean depth") == 3
     assert "max_loops 9: 1 to 4" in shown and "exit policy 'often'" in shown and "/temperature X" in shown
+    assert "exit step=2, 4 loops, temperature 0" in shown and "(not a command: /what)" in shown
+    assert "the last question and its answer are forgotten" in shown and "a new conversation" in shown
     # Greedy and forgotten: the third answer is a first one again, at the depth chosen since.
     assert shown.count("mean depth 4.00") == 1 and shown.count("mean depth 2.00") == 2
 
