@@ -26,7 +26,7 @@ from typing import Any
 from ouro_megatron.recipe.schema import ModelSection
 
 MODEL = ModelSection(layers=8, hidden=512, heads=8, ffn=1408, vocab=32_000, loops=4)
-PROMPT, NEW, CONTEXT = 32, 32, 2048
+PROMPT, NEW, CONTEXT = 32, 16, 2048
 CASES: dict[str, dict[str, Any]] = {
     "all": {},
     "step=2": {"exit_at_step": 1},

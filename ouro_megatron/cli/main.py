@@ -58,7 +58,9 @@ app.command()(chat)
 app.command()(serve)
 app.command()(benchmark)
 app.command(
-    "lm_eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+    "lm_eval",
+    # Everything goes to the harness as it is; --help is its own behind a word: `ouro lm_eval run --help`.
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
 )(lm_eval)
 app.command("eval")(evaluate)
 app.command("evaluate", hidden=True)(evaluate)  # the name it had
