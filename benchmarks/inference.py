@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Ours (exit policy, cache policy, what becomes of skipped loops) -> what transformers is told. It has neither an exit
 by change nor a smaller cache: it then runs all loops with its own."""
-LONG_BATCH, LONG_PROMPT = 4, 1024
+LONG_BATCH, LONG_PROMPT = 4, 512
 
 
 def write_model(folder: Path) -> None:

@@ -71,6 +71,7 @@ def generate(
 
         ouro generate hf-folder --prompts-file prompts.jsonl --json --dtype bf16 --cache last
     """
+    lines = _lines(prompt or [], prompt_file, prompts_file)
     options = model_options(
         checkpoint,
         dtype=dtype,
@@ -80,7 +81,7 @@ def generate(
         context=context,
         cache=cache,
         skipped=skipped,
-        slots=batch,
+        slots=min(batch, len(lines)),
     )
     from ouro_megatron.inference.exit_policy import ExitPolicy
     from ouro_megatron.inference.generate import Completion, default_request, make_request, save_sample
@@ -89,7 +90,6 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     defaults = default_request(ExitPolicy.parse(exit_policy), max_loops, max_tokens, sampling, stop or [])
-    lines = _lines(prompt or [], prompt_file, prompts_file)
     with open_model(options) as model:
         completions = [
             Completion(index, line.prompt, make_request(line, defaults, model)) for index, line in enumerate(lines)
