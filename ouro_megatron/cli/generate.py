@@ -1,6 +1,7 @@
 """`ouro generate`."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,6 +72,7 @@ def generate(
 
         ouro generate hf-folder --prompts-file prompts.jsonl --json --dtype bf16 --cache last
     """
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     lines = _lines(prompt or [], prompt_file, prompts_file)
     options = model_options(
         checkpoint,
