@@ -15,7 +15,7 @@ from ouro_megatron.cluster.settings import Cluster
 from ouro_megatron.data.complete import complete
 from ouro_megatron.data.indexed import check_prefix
 from ouro_megatron.errors import DataError, OuroError, RecipeError
-from ouro_megatron.recipe.validate import check_recipe
+from ouro_megatron.recipe.validate import check_recipe, ranks_of_a_sample
 
 
 def completed(job: Job) -> Job:
@@ -44,12 +44,13 @@ def layout_problems(job: Job, cluster: Cluster) -> Iterator[str]:
     if job.recipe is None:
         return
     ranks = job.nodes * cluster.ranks_per_node
-    unit = job.recipe.parallel.tensor * job.recipe.parallel.pipeline
+    unit = ranks_of_a_sample(job.recipe)
     if ranks < unit:
         nodes = -(-unit // cluster.ranks_per_node)
         yield (
             f"{job.name}: {job.nodes} nodes x {cluster.ranks_per_node} ranks = {ranks}, but parallel.tensor="
-            f"{job.recipe.parallel.tensor} x parallel.pipeline={job.recipe.parallel.pipeline} needs {unit}; "
+            f"{job.recipe.parallel.tensor} x parallel.pipeline={job.recipe.parallel.pipeline} x parallel.context="
+            f"{job.recipe.parallel.context} needs {unit}; "
             f"{nodes} nodes would do"
         )
         return

@@ -1,12 +1,12 @@
 """Documents that lie in one sequence and must not see each other: block-diagonal causal attention without a mask."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 
@@ -69,12 +69,32 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Doc
 
 
 def _flash(q_tnd: Tensor, k_tgd: Tensor, v_tgd: Tensor, documents: DocumentBounds, grouped: bool) -> Tensor:
+    bounds, longest = documents.cu_seqlens, documents.longest
+    return causal_runs(q_tnd, k_tgd, v_tgd, (bounds, bounds), (longest, longest), grouped)
+
+
+def causal_runs(
+    q_tnd: Tensor,
+    k_tgd: Tensor,
+    v_tgd: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    grouped: bool,
+) -> Tensor:
+    """Flash attention of runs of queries, each over its run of keys, causal and aligned at both ends: -> [t, n, d].
+
+    CUDA and half precision only. `bounds`: where runs of queries and of keys begin, int32, with their total last.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds, longest = documents.cu_seqlens, documents.longest
     # A window that reaches back to the start and not ahead is causal.
-    arguments: dict[str, Any] = {"window_size": (-1, 0), "enable_gqa": grouped}
-    context = varlen_attn(q_tnd, k_tgd, v_tgd, bounds, bounds, longest, longest, **arguments)
+    arguments: dict[str, Any] = {"window_size": (-1, 0)}
+    if grouped and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        arguments["enable_gqa"] = True
+    elif grouped:  # torch 2.11
+        shared = q_tnd.shape[1] // k_tgd.shape[1]
+        k_tgd, v_tgd = (x.repeat_interleave(shared, dim=1) for x in (k_tgd, v_tgd))
+    context = varlen_attn(q_tnd, k_tgd, v_tgd, *bounds, *longest, **arguments)
     assert isinstance(context, Tensor)
     return context
 
@@ -88,40 +108,3 @@ def _one_by_one(q_tnd: Tensor, k_tgd: Tensor, v_tgd: Tensor, lengths: tuple[int,
         part = F.scaled_dot_product_attention(q_bnsd, k_bgsd, v_bgsd, is_causal=causal, enable_gqa=grouped)
         parts.append(part[0].transpose(0, 1))
     return torch.cat(parts)
-
-
-def documents_through(attention: type) -> type:
-    """Transformer Engine's attention core of Megatron (`TEDotProductAttention`), taught DocumentBounds.
-
-    The documents go to it end to end with their bounds ("thd"); without bounds nothing changes.
-    """
-
-    class DocumentAttention(attention):
-        def forward(
-            self,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Tensor | None,
-            attn_mask_type: Any,
-            attention_bias: Tensor | None = None,
-            packed_seq_params: Any = None,
-        ) -> Tensor:
-            if not isinstance(packed_seq_params, DocumentBounds):
-                return super().forward(
-                    query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
-                )
-            s, b = query.shape[:2]
-            bounds, longest = packed_seq_params.cu_seqlens, packed_seq_params.longest
-            packed = PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=bounds,
-                cu_seqlens_kv=bounds,
-                max_seqlen_q=longest,
-                max_seqlen_kv=longest,
-            )
-            parts = (x.transpose(0, 1).flatten(0, 1).contiguous() for x in (query, key, value))
-            context = super().forward(*parts, attention_mask, attn_mask_type, attention_bias, packed)
-            return context.reshape(b, s, -1).transpose(0, 1).contiguous()
-
-    return DocumentAttention

@@ -45,8 +45,17 @@ def run_plan(recipe: Recipe, request: PlanRequest) -> None:
         from ouro_megatron.planning.timeline import draw
 
         title = f"{recipe.name} on {request.gpus} x {gpu.name}: {plan.layout.describe()}, bubble {plan.bubble:.1%}"
-        draw(plan.timeline, plan.layout.loops, request.picture, title)
+        if plan.pictured_microbatches < plan.layout.microbatches:
+            title += f" (drawn: {plan.pictured_microbatches} of {plan.layout.microbatches} microbatches)"
+        draw(plan.pictured, plan.layout.loops, request.picture, title)
+        _say(request, f"Picture: {request.picture}")
     if request.trace is not None:
         from ouro_megatron.planning.timeline import write_trace
 
         write_trace(plan.timeline, request.trace)
+        _say(request, f"Trace: {request.trace}; open it in https://ui.perfetto.dev")
+
+
+def _say(request: PlanRequest, line: str) -> None:
+    if not request.as_json:
+        print(line)

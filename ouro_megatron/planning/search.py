@@ -1,5 +1,6 @@
 """All layouts of a recipe on so many GPUs, ranked by predicted time."""
 
+import itertools
 from collections.abc import Iterator
 
 from ouro_megatron.errors import RecipeError
@@ -8,6 +9,9 @@ from ouro_megatron.planning.layout import layout_of
 from ouro_megatron.planning.plan import Plan
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import Recipe, Recompute
+
+MIN_PIECE = 4096
+"""Tokens of a sequence that a context-parallel rank holds at least."""
 
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
@@ -19,7 +23,7 @@ def plan_for(recipe: Recipe, world: int, gpu: Gpu, efficiency: Efficiency | None
 
 
 def best_plans(recipe: Recipe, world: int, gpu: Gpu, efficiency: Efficiency | None = None) -> list[Plan]:
-    """One plan for each (tensor, pipeline, microbatch) that can run, with the least recomputation that fits.
+    """One plan for each (tensor, context, pipeline, microbatch) that can run, with the least recomputation that fits.
 
     Those that fit into memory come first, fastest first; then those that do not, smallest first. Global batch, model
     and data stay as the recipe says. Raises RecipeError when no layout can run.
@@ -50,17 +54,10 @@ def best_plans(recipe: Recipe, world: int, gpu: Gpu, efficiency: Efficiency | No
 def _variants(recipe: Recipe, world: int) -> Iterator[Recipe]:
     tensors = [size for size in (1, 2, 4, 8) if size <= world]
     pipelines = [size for size in (1, 2, 3, 4, 6, 8, 12, 16) if size <= min(world, recipe.model.layers)]
-    for tensor in tensors:
-        for pipeline in pipelines:
-            for microbatch in (1, 2, 4, 8):
-                parallel = recipe.parallel.model_copy(
-                    update={
-                        "tensor": tensor,
-                        "pipeline": pipeline,
-                        "data": None,
-                        "layers": None,
-                        "sequence": tensor > 1,
-                    }
-                )
-                batch = recipe.batch.model_copy(update={"microbatch": microbatch})
-                yield recipe.model_copy(update={"parallel": parallel, "batch": batch})
+    # Shorter pieces leave a GPU's kernels too little to do.
+    contexts = [size for size in (1, 2, 4, 8, 16) if size == 1 or recipe.data.sequence_length >= size * MIN_PIECE]
+    for tensor, context, pipeline, microbatch in itertools.product(tensors, contexts, pipelines, (1, 2, 4, 8)):
+        sizes = {"tensor": tensor, "context": context, "pipeline": pipeline, "sequence": tensor > 1}
+        parallel = recipe.parallel.model_copy(update={**sizes, "data": None, "layers": None})
+        batch = recipe.batch.model_copy(update={"microbatch": microbatch})
+        yield recipe.model_copy(update={"parallel": parallel, "batch": batch})

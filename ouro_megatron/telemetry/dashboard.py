@@ -133,7 +133,7 @@ def _sections(facts: Facts) -> dict[str, list[Any]]:
         "Throughput": [
             _lines("Tokens per second", ["perf/tokens_per_s"]),
             _lines("Model FLOPs utilisation", ["perf/mfu"]),
-            _lines("Seconds a step", ["perf/step_seconds"]),
+            _lines("Seconds a step", ["perf/step_seconds", "perf/rank_seconds_min", "perf/rank_seconds_max"]),
             _lines("Tokens a step", ["progress/global_tokens"]),
         ],
         "Data": [

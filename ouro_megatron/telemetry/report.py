@@ -108,7 +108,9 @@ def _layout(stage: Stage) -> str:
     if stage.recipe is None:
         return ""
     parallel = stage.recipe.parallel
-    return f"TP {parallel.tensor} × PP {parallel.pipeline}" + (f" × DP {parallel.data}" if parallel.data else "")
+    context = f" × CP {parallel.context}" if parallel.context > 1 else ""
+    data = f" × DP {parallel.data}" if parallel.data else ""
+    return f"TP {parallel.tensor}{context} × PP {parallel.pipeline}{data}"
 
 
 def _swatch(depth: int, loops: int) -> dict[str, Any]:

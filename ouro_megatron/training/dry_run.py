@@ -68,16 +68,17 @@ def dry_run(recipe: Recipe, world: int, *, gpu: str = "h100", data: bool = True,
 
 
 def ranks_to_try(layout: Layout) -> dict[int, str]:
-    """Global rank -> role: each pipeline position, and at both ends the last tensor- and data-parallel peer as well."""
-    tensor, data, pipeline = layout.tensor, layout.data, layout.pipeline
+    """Global rank -> role: each pipeline position, and at both ends the last peer in each other dimension as well."""
+    tensor, size, data, pipeline = layout.tensor, layout.context, layout.data, layout.pipeline
 
-    def number(tensor_rank: int, data_rank: int, pipeline_rank: int) -> int:
-        return tensor_rank + tensor * (data_rank + data * pipeline_rank)
+    def number(pipeline_rank: int, tensor_rank: int = 0, context_rank: int = 0, data_rank: int = 0) -> int:
+        return tensor_rank + tensor * (context_rank + size * (data_rank + data * pipeline_rank))
 
-    chosen = {number(0, 0, rank): f"pipeline {rank}" for rank in range(pipeline)}
+    chosen = {number(rank): f"pipeline {rank}" for rank in range(pipeline)}
     for rank in {0, pipeline - 1}:
-        chosen.setdefault(number(tensor - 1, 0, rank), f"pipeline {rank}, tensor {tensor - 1}")
-        chosen.setdefault(number(0, data - 1, rank), f"pipeline {rank}, data {data - 1}")
+        chosen.setdefault(number(rank, tensor_rank=tensor - 1), f"pipeline {rank}, tensor {tensor - 1}")
+        chosen.setdefault(number(rank, context_rank=size - 1), f"pipeline {rank}, context {size - 1}")
+        chosen.setdefault(number(rank, data_rank=data - 1), f"pipeline {rank}, data {data - 1}")
     return dict(sorted(chosen.items()))
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import resource
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ouro_megatron.model.documents import DocumentBounds, document_attention, documents_through
+from ouro_megatron.model.attention import transformer_engine_core
+from ouro_megatron.model.documents import DocumentBounds, document_attention
 from ouro_megatron.model.looplm import LoopLM, initialise
 from ouro_megatron.parallel.context import create_context
 from ouro_megatron.recipe.schema import ModelSection, ObjectiveSection, OptimizerSection, ParallelSection
@@ -87,11 +89,16 @@ def test_bounds_come_from_positions() -> None:
 class EndToEnd(nn.Module):
     """What Megatron's TEDotProductAttention does with "thd" and "sbhd" input, on torch's operators."""
 
+    def __init__(self, context_parallel: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(context_parallel_size=context_parallel)
+
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kind: str, bias: None, packed: object
     ) -> Tensor:
         assert (mask, kind, bias) == (None, "causal", None)
         if packed is None:
+            assert self.config.context_parallel_size > 1, "whole rows are torch's"
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3).flatten(2)
         bounds = packed.cu_seqlens_q.tolist()  # type: ignore[attr-defined]
@@ -108,11 +115,15 @@ def test_transformer_engines_attention_gets_documents_end_to_end() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(16, len(LENGTHS), 4, 8) for _ in range(3))
     bounds = DocumentBounds.of(positions(LENGTHS), CPU)
-    core = documents_through(EndToEnd)()
+    core = transformer_engine_core(EndToEnd)(1)
     expected = document_attention(query, key, value, bounds).flatten(2)
     found = core(query, key, value, None, attn_mask_type="causal", attention_bias=None, packed_seq_params=bounds)
     torch.testing.assert_close(found, expected)
     plain = core(query, key, value, None, attn_mask_type="causal", attention_bias=None, packed_seq_params=None)
+    cut = transformer_engine_core(EndToEnd)(2)
+    torch.testing.assert_close(
+        plain, cut(query, key, value, None, attn_mask_type="causal", attention_bias=None, packed_seq_params=None)
+    )
     one = DocumentBounds.of(torch.arange(16).repeat(len(LENGTHS), 1), CPU)
     torch.testing.assert_close(plain, document_attention(query, key, value, one).flatten(2))
 

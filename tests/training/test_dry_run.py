@@ -78,6 +78,35 @@ def test_calls_are_those_of_the_layout(tmp_path: Path) -> None:
     assert {call.ranks for call in first.calls if call.peer is None} == {(0, 1), (0, 2)}
 
 
+def test_context_parallel_ranks_gather_and_scatter(tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        tmp_path,
+        parallel={"context": 2, "pipeline": 2},
+        batch={"global_tokens": 256},
+        training={"recompute": "full", "recompute_loops": 1},
+    )
+    ranks = ranks_to_try(layout_of(recipe, 8))
+    assert ranks == {
+        0: "pipeline 0",
+        1: "pipeline 0, context 1",
+        2: "pipeline 0, data 1",
+        4: "pipeline 1",
+        5: "pipeline 1, context 1",
+        6: "pipeline 1, data 1",
+    }
+    done = rehearse(recipe, 8, {rank: role for rank, role in ranks.items() if rank in (0, 1)})
+    assert disagreements({one.rank: one.calls for one in done}) == []
+    in_group = [call for call in done[0].calls if call.ranks == (0, 1)]
+    visits = 2 * recipe.model.loops * 2  # of two layers by two microbatches
+    gathers = [call for call in in_group if call.operation.startswith("_allgather")]
+    scatters = [call for call in in_group if call.operation.startswith("_reduce_scatter")]
+    # Once in forward and once for backward, where a recomputed forward gathers it does so in backward's place.
+    assert len(gathers) == 2 * visits and len(scatters) == visits
+    half = 2 * 16 * 32  # keys and values of half a sequence
+    assert {call.tensors for call in gathers} == {((2 * half, "float32"), (half, "float32"))}
+    assert {size for call in done[0].calls if call.operation == "send" for size, _ in call.tensors} == {16 * 32}
+
+
 def test_refused_before_any_process_starts(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     with pytest.raises(RecipeError, match=r"batch\.global_tokens"):
