@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Ours (exit policy, cache policy, what becomes of skipped loops) -> what transformers is told. It has neither an exit
 by change nor a smaller cache: it then runs all loops with its own."""
+POLICIES = ("all", "step=2", "q=0.5", "expected")
 LONG_BATCH, LONG_PROMPT = 4, 512
 
 
@@ -257,13 +258,22 @@ def speed(folder: Path, dtypes: list[str], batches: list[int], cases: list[str],
 
 def memory(folder: Path, dtype: str, threads: int) -> None:
     """Growth of resident memory with the cache of long prompts, each case in a process of its own."""
-    print(f"\nmemory in MiB, {dtype}, batch {LONG_BATCH}, prompt {LONG_PROMPT}, 8 new tokens: at the end / at the peak")
-    cases = [("transformers", "all"), *(("ours", f"all{form}") for form in ("", " last copy", " first copy"))]
-    for name, case in [*cases, ("ours", "all average copy")]:
-        system = System(name, folder, dtype, LONG_BATCH, threads)
-        run = system.generate(case, LONG_PROMPT, 8)
-        system.close()
-        print(f"  {name:13}{case:18}{run['kept']:8.0f} / {run['peak']:.0f}   {run['wall']:.2f} s", flush=True)
+    print(
+        f"\nmemory in MiB, {dtype}, batch {LONG_BATCH}, prompt {LONG_PROMPT}, 8 new tokens: growth at the end / at the peak"
+    )
+    print(f"{'exit, cache, skipped':22}{'ours':>14}{'transformers':>16}")
+    for case in ("all", "step=2", "q=0.5", "expected", "all last copy", "all first copy", "all average copy"):
+        cells = []
+        for name in ("ours", "transformers"):
+            # A smaller cache is ours alone.
+            if name == "transformers" and case not in POLICIES:
+                cells.append("-")
+                continue
+            system = System(name, folder, dtype, LONG_BATCH, threads)
+            run = system.generate(case, LONG_PROMPT, 8)
+            system.close()
+            cells.append(f"{run['kept']:.0f} / {run['peak']:.0f}")
+        print(f"{case:22}{cells[0]:>14}{cells[1]:>16}", flush=True)
 
 
 def main() -> None:
