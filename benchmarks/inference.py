@@ -259,7 +259,8 @@ def speed(folder: Path, dtypes: list[str], batches: list[int], cases: list[str],
 def memory(folder: Path, dtype: str, threads: int) -> None:
     """Growth of resident memory with the cache of long prompts, each case in a process of its own."""
     print(
-        f"\nmemory in MiB, {dtype}, batch {LONG_BATCH}, prompt {LONG_PROMPT}, 8 new tokens: growth at the end / at the peak"
+        f"\ngrowth of memory in MiB, {dtype}, batch {LONG_BATCH}, prompt {LONG_PROMPT}, 8 new tokens: "
+        "at the end / at the peak"
     )
     print(f"{'exit, cache, skipped':22}{'ours':>14}{'transformers':>16}")
     for case in ("all", "step=2", "q=0.5", "expected", "all last copy", "all first copy", "all average copy"):
