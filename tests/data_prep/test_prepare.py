@@ -19,8 +19,8 @@ from data_prep.look import documents, stats
 from data_prep.merge import entropy_of
 from data_prep.prepare import load_data_recipe, prepare
 from data_prep.progress import State
-from data_prep.shards import group_units, is_held_out, refuse
-from data_prep.sources.base import Unit
+from data_prep.shards import group_units, refuse
+from data_prep.sources.base import Document, Unit
 from data_prep.sources.python_library import PythonProse, PythonStdlib
 from data_prep.verify import verify
 from ouro_megatron.data.tokenizer import load_tokenizer
@@ -150,7 +150,7 @@ def test_changed_input_is_done_again(root: Path) -> None:
 
 def test_held_out_by_key(root: Path) -> None:
     run(root, sources=[{"name": "web", "kind": "jsonl", "path": str(root / "raw"), "key": "url"}])
-    held_out = sum(is_held_out(f"u{i}", 0.2) for i in range(25))
+    held_out = sum(Document(f"u{i}", "").is_below(0.2) for i in range(25))
     assert stats(root / "out" / "web-validation").documents == 4 * held_out > 0
 
 
