@@ -519,16 +519,20 @@ static int reserve_out(Encoder *self, size_t more)
 /* Hands the ids so far to `sink`, with the bytes of the text that are done. It may use this encoder. */
 static int hand_out(Encoder *self, PyObject *sink, size_t done)
 {
-    PyObject *ids =
-        PyByteArray_FromStringAndSize((const char *)self->out, (Py_ssize_t)(self->out_used * sizeof(uint32_t)));
-    if (!ids)
-        return -1;
-    PyObject *answer = PyObject_CallFunction(sink, "Nn", ids, (Py_ssize_t)done);
-    self->out_used = 0;
-    if (!answer)
-        return -1;
-    Py_DECREF(answer);
-    return 0;
+    uint32_t *out = self->out; /* not the encoder's while Python runs */
+    size_t used = self->out_used;
+    self->out = NULL;
+    self->out_used = self->out_size = 0;
+    int failed = 0;
+    for (size_t at = 0; at < used && !failed; at += PIECE_IDS) {
+        size_t count = used - at < PIECE_IDS ? used - at : PIECE_IDS;
+        PyObject *ids = PyByteArray_FromStringAndSize((const char *)(out + at), (Py_ssize_t)(count * sizeof(uint32_t)));
+        PyObject *answer = ids ? PyObject_CallFunction(sink, "Nn", ids, (Py_ssize_t)done) : NULL;
+        failed = !answer;
+        Py_XDECREF(answer);
+    }
+    free(out);
+    return failed ? -1 : 0;
 }
 
 enum { SPLIT, ENCODE, HAND_OUT };
@@ -672,7 +676,7 @@ static PyObject *Encoder_encode_long(Encoder *self, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "the text ends inside a character");
         failed = 1;
     } else {
-        self->out_used = 0;
+        self->out_used = 0; /* what an earlier call that failed has left */
         failed = encode_in_pieces(self, text.buf, (size_t)text.len, sink) < 0;
     }
     PyBuffer_Release(&text);

@@ -1,4 +1,4 @@
-"""Documents to ids and loss masks: plain text in batches, text with loss spans, conversations and long texts one by one."""
+"""Documents to ids and loss masks: plain text in batches, conversations and the like one by one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

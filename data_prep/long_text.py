@@ -31,7 +31,7 @@ class Spilled:
     """Bytes in a temporary file, which is gone with this object, or with the process."""
 
     def __init__(self, folder: Path) -> None:
-        self._file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115: closed by `close`
+        self._file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -104,7 +104,7 @@ def long_text(blocks: Iterable[bytes], folder: Path) -> LongText:
 
 
 def decode(data: bytes) -> tuple[str, bytes]:
-    """The text of the whole characters, and the bytes of one that is not whole at the end. Raises UnicodeDecodeError."""
+    """The text of the whole characters, and the bytes of a last one that is not whole. Raises UnicodeDecodeError."""
     whole = _whole(data, 0)
     return data[:whole].decode("utf-8"), data[whole:]
 

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from data_prep.formats.compression import Damaged, codec_of, codec_of_bytes, inflate
 from data_prep.formats.files import File, Options, byte_ranges, open_file, pieces
-from data_prep.formats.long_json import Apart, parse_long_object
+from data_prep.formats.long_json import Apart, parse_long_object, short_parts
 from data_prep.long_text import LONG, Spilled
 from data_prep.sources.base import Fault, Report, Unit
 
@@ -159,6 +159,14 @@ def row_of(line: Line, apart: Apart | None = None) -> dict[str, Any] | None:
         return parse_object(line.data)
     assert apart is not None
     return parse_long_object(line.spilled, apart, parse_value, parse_object)
+
+
+def fields_of(line: Line) -> dict[str, Any] | None:
+    """The object of a line, or only what fields it has and of what kind: a long string may be another one.
+
+    Raises ValueError saying what is wrong with it.
+    """
+    return parse_object(line.data) if line.spilled is None else short_parts(line.spilled, parse_object)
 
 
 def parse_object(data: bytes) -> dict[str, Any] | None:

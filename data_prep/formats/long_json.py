@@ -5,6 +5,7 @@ the place of each. A long string is then decoded in pieces by the same parser, c
 cut. So the same lines are taken, with the same content, and the same ones are refused.
 """
 
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,11 @@ _LONG_STRING = LONG // 4
 _STRETCH = 1 << 22
 _LONGEST_ESCAPE = 6
 """Bytes of \\uXXXX."""
+_HIGH_HALF = re.compile(rb"\\u[dD][89abAB]")
+"""Of a surrogate pair."""
+
+Parse = Callable[[bytes], Any]
+
 
 @dataclass(frozen=True)
 class Apart:
@@ -28,6 +34,12 @@ class Apart:
     column: str
     folder: Path
     """Takes the temporary files."""
+
+
+def short_parts(line: Spilled, parse_row: Parse) -> dict[str, Any] | None:
+    """The object of a line with something else in the place of each long string; to see what fields there are."""
+    with line.mapped() as mapped:
+        return parse_row(b"".join(_short_parts(mapped, {})))
 
 
 @contextmanager
@@ -39,9 +51,6 @@ def kept_while_used(row: Mapping[str, Any], apart: Apart | None) -> Iterator[Non
     finally:
         if isinstance(text, LongText):
             text.close()
-
-
-Parse = Callable[[bytes], Any]
 
 
 def parse_long_object(line: Spilled, apart: Apart, parse: Parse, parse_row: Parse) -> dict[str, Any] | None:
@@ -123,12 +132,11 @@ def _cut(piece: bytes) -> int:
     end = len(piece)
     last = piece.rfind(b"\\", end - 2 * _LONGEST_ESCAPE)
     if last >= 0 and _backslashes(piece, last + 1, 0) % 2 == 1:
-        # Whether it is whole need not be known, nor whether the low half of a pair is to follow.
-        end = last
-        high = end - _LONGEST_ESCAPE
-        if high >= 0 and piece[high : high + 2] == b"\\u" and _backslashes(piece, high + 1, 0) % 2 == 1:
-            end = high
-        return end
+        # Whether the last escape is whole need not be known; it may be the low half of a pair.
+        high = last - _LONGEST_ESCAPE
+        if high >= 0 and _HIGH_HALF.match(piece, high) and _backslashes(piece, high + 1, 0) % 2 == 1:
+            return high
+        return last
     for back in range(1, 4):
         byte = piece[end - back]
         if byte & 0xC0 != 0x80:

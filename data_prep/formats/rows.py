@@ -1,12 +1,14 @@
 """Rows of whatever file: JSON lines, parquet or Arrow, told apart by the name of the file."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import gettempdir
 
 from data_prep.formats import tables
 from data_prep.formats.compression import bare_name, codec_of
 from data_prep.formats.files import File, Options, find_files
 from data_prep.formats.gzip_parts import GzipParts
-from data_prep.formats.lines import parse_object, read_lines, row_of, split_lines_file
+from data_prep.formats.lines import fields_of, read_lines, row_of, split_lines_file
 from data_prep.formats.long_json import Apart, kept_while_used
 from data_prep.formats.tables import Column, Row
 from data_prep.sources.base import Fault, Report, Unit
@@ -55,9 +57,10 @@ def columns_of(file: File, options: Options) -> list[Column] | None:
 
 def _first_fields(file: File, options: Options) -> list[Column] | None:
     reasons: list[str] = []
-    for line in read_lines(file.unit(), lambda fault: reasons.append(fault.reason), options):
+    scratch = Path(gettempdir())
+    for line in read_lines(file.unit(), lambda fault: reasons.append(fault.reason), options, scratch):
         try:
-            found = parse_object(line.data)
+            found = fields_of(line)
         except ValueError as error:
             reasons.append(str(error))
             if len(reasons) > 100:

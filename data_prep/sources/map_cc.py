@@ -3,11 +3,13 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import gettempdir
 from typing import ClassVar, Literal
 
 from data_prep.formats.files import File, find_files
 from data_prep.formats.gzip_parts import GzipParts
-from data_prep.formats.lines import parse_object, row_of
+from data_prep.formats.lines import fields_of, row_of
 from data_prep.formats.long_json import kept_while_used
 from data_prep.sources.base import Document, Fault, Report, Unit
 from data_prep.sources.tabular import TextTable, is_taken
@@ -91,9 +93,9 @@ class MapCC(TextTable):
     def _check_first_row(self, stream: GzipParts) -> None:
         found: list[Fault] = []
         whole = Unit(stream.path, stream.size)
-        for line in stream.lines(whole, found.append):
+        for line in stream.lines(whole, found.append, scratch=Path(gettempdir())):
             try:
-                row = parse_object(line.data)
+                row = fields_of(line)
             except ValueError:
                 continue
             if row is not None:
