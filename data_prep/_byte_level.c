@@ -532,6 +532,7 @@ static int hand_out(Encoder *self, PyObject *sink, size_t done)
         Py_XDECREF(answer);
     }
     free(out);
+    self->out_used = 0; /* the sink may have used it */
     return failed ? -1 : 0;
 }
 
