@@ -10,8 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from data_prep.plan import find_prefixes
-from data_prep.prepare import MAX_PREFIXES
-from ouro_megatron.data.indexed import check_prefix, with_suffix
+from ouro_megatron.data.indexed import MAX_BLEND, check_prefix, with_suffix
 from ouro_megatron.errors import DataError
 from ouro_megatron.recipe.spans import Amount, parse_amount
 
@@ -138,8 +137,8 @@ def _entries(parts: Any) -> list[dict[str, Any]]:
     for prefixes in parts:
         for path, share in prefixes:
             weights[path] = weights.get(path, 0.0) + share
-    if len(weights) > MAX_PREFIXES:
-        raise DataError(f"a blend of {len(weights):,} pairs; Megatron takes {MAX_PREFIXES:,} at most")
+    if len(weights) > MAX_BLEND:
+        raise DataError(f"a blend of {len(weights):,} pairs; Megatron takes {MAX_BLEND:,} at most")
     return [{"path": str(path), "weight": float(f"{100 * share:.8g}")} for path, share in weights.items()]
 
 

@@ -27,12 +27,9 @@ from data_prep.recipe import DataRecipe, TrainTokenizer
 from data_prep.shards import ShardResult, read_result, tokenise_shard
 from data_prep.sources.base import Unit
 from data_prep.train_tokenizer import train_tokenizer
-from ouro_megatron.data.indexed import read_manifest, with_suffix
+from ouro_megatron.data.indexed import MAX_BLEND, read_manifest, with_suffix
 from ouro_megatron.data.tokenizer import CONFIG_FILE, load_tokenizer
 from ouro_megatron.errors import DataError
-
-MAX_PREFIXES = 32_766
-"""Megatron numbers the data sets of a blend in int16, and asks for fewer than 32,767."""
 
 Units = dict[str, list[Unit]]
 
@@ -190,9 +187,9 @@ def _merge(jobs: Sequence[SourceJob], stale: Sequence[SourceJob], watcher: Watch
         _remove_stale(job, {task.prefix for task in planned})
         tasks.extend(planned)
     count = len(tasks) + sum(len(job.prefixes(split)) for job in jobs if job not in stale for split in job.splits)
-    if count > MAX_PREFIXES:
+    if count > MAX_BLEND:
         raise DataError(
-            f"{jobs[0].recipe.output}: {count:,} pairs; a blend takes {MAX_PREFIXES:,} at most. "
+            f"{jobs[0].recipe.output}: {count:,} pairs; a blend takes {MAX_BLEND:,} at most. "
             "Raise max_prefix_tokens or max_prefix_documents"
         )
     left = [task for task in tasks if not task.is_done]
