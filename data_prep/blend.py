@@ -151,7 +151,10 @@ def load_blends(path: Path) -> BlendFile:
     except yaml.YAMLError as error:
         raise DataError(f"{path}: not valid YAML: {error}") from error
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, item['loc'])) or 'blends'}: {item['msg']}" for item in error.errors()]
+        lines = [
+            f"{path}: {'.'.join(map(str, item['loc'])) or 'blends'}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
+        ]
         raise DataError("\n".join(lines)) from error
 
 
@@ -166,7 +169,7 @@ def blends_of_parts(parts: Mapping[str, str], budget: str | None, folder: Path) 
     try:
         return BlendFile(folder=folder, blends={"blend": BlendSettings.model_validate(settings)})
     except ValidationError as error:
-        raise DataError("; ".join(item["msg"] for item in error.errors())) from error
+        raise DataError("; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())) from error
 
 
 def choose_blends(parts: Sequence[str], stage: str | None, folder: Path | None, budget: str | None) -> list[Blend]:

@@ -44,7 +44,10 @@ def load_data_recipe(path: Path) -> DataRecipe:
     except yaml.YAMLError as error:
         raise DataError(f"{path}: not valid YAML: {error}") from error
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in error.errors()]
+        lines = [
+            f"{path}: {'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
+        ]
         raise DataError("\n".join(lines)) from error
 
 
