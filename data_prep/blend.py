@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from data_prep.explain import explain
 from data_prep.plan import find_prefixes
 from ouro_megatron.data.indexed import MAX_BLEND, check_prefix, with_suffix
 from ouro_megatron.errors import DataError
@@ -151,11 +152,7 @@ def load_blends(path: Path) -> BlendFile:
     except yaml.YAMLError as error:
         raise DataError(f"{path}: not valid YAML: {error}") from error
     except ValidationError as error:
-        lines = [
-            f"{path}: {'.'.join(map(str, item['loc'])) or 'blends'}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors()
-        ]
-        raise DataError("\n".join(lines)) from error
+        raise DataError(explain(error, path, BlendFile)) from error
 
 
 def blends_of_parts(parts: Mapping[str, str], budget: str | None, folder: Path) -> BlendFile:

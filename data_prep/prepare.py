@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from data_prep.dedup import find_duplicates
 from data_prep.encode import choose_encoder
+from data_prep.explain import explain
 from data_prep.faults import FaultBudget, faults_file, write_faults
 from data_prep.lock import locked
 from data_prep.merge import merge, plan_merge
@@ -44,11 +45,7 @@ def load_data_recipe(path: Path) -> DataRecipe:
     except yaml.YAMLError as error:
         raise DataError(f"{path}: not valid YAML: {error}") from error
     except ValidationError as error:
-        lines = [
-            f"{path}: {'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors()
-        ]
-        raise DataError("\n".join(lines)) from error
+        raise DataError(explain(error, path, DataRecipe)) from error
 
 
 def prepare(
