@@ -32,7 +32,7 @@ from data_prep.sources import text_folder
 from data_prep.sources.base import Document
 from data_prep.writer import PairWriter
 from ouro_megatron.data.tokenizer import load_tokenizer
-from tests.data_prep.test_byte_level import all_pairs, needs_extension, random_bpe, stdlib, trained
+from tests.data_prep.test_byte_level import EOD, all_pairs, needs_extension, random_bpe, stdlib, trained
 from tests.data_prep.test_prepare import Lines
 
 TEXT = "naïve 中文分词很难。 Ὀδυσσεύς ΣΑΣ \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16") * 40
@@ -205,11 +205,19 @@ def in_pieces(encoder: Any, text: str, folder: Path) -> tuple[np.ndarray, int]:
 @pytest.mark.parametrize("digits", [True, False])
 def test_ids_in_pieces(tmp_path: Path, digits: bool) -> None:
     tokenizer = load_tokenizer(trained(tmp_path, digits, stdlib(0, 25)))
-    text = "".join(stdlib(30, 60)) + "acgt" * 200_000 + " " * 100_000 + "中文" * 100_000 + "7" * 1000 + "é"
+    text = (
+        f"spelled {EOD}<|im_start|>"
+        + "".join(stdlib(30, 60))
+        + "acgt" * 200_000
+        + " " * 100_000
+        + "中文" * 100_000
+        + "7" * 1000
+        + "é"
+    )
     fast, plain = ByteLevelEncoder(tokenizer), PlainEncoder(tokenizer)
     expected = plain.encode_batch([text]).ids
     ids, pieces = in_pieces(fast, text, tmp_path)
-    assert pieces > 3 and np.array_equal(ids, expected)
+    assert pieces > 3 and np.array_equal(ids, expected) and tokenizer.eod not in ids
     assert np.array_equal(in_pieces(plain, text, tmp_path)[0], expected)
 
 
