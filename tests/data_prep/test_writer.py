@@ -78,7 +78,8 @@ def test_the_largest_id_of_each_width(tmp_path: Path, vocab: int, bytes_of_an_id
     with PairWriter(tmp_path / "pair", token_dtype(vocab), count_vocab=vocab) as pair:
         pair.add([0, vocab - 1, 1])
     assert (tmp_path / "pair.bin").stat().st_size == 3 * bytes_of_an_id
-    assert IndexedDataset(str(tmp_path / "pair"))[0].tolist() == [0, vocab - 1, 1]
+    dataset = IndexedDataset(str(tmp_path / "pair"))  # its arrays are views of memory that goes with it
+    assert dataset[0].tolist() == [0, vocab - 1, 1]
     assert pair.counts is not None and pair.counts[vocab - 1] == 1
 
 
