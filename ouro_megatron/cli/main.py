@@ -18,6 +18,7 @@ from ouro_megatron.cli.dashboard import dashboard
 from ouro_megatron.cli.data import data
 from ouro_megatron.cli.evaluation import evaluate
 from ouro_megatron.cli.exchange import export, import_checkpoint
+from ouro_megatron.cli.experiment import experiment
 from ouro_megatron.cli.generate import generate
 from ouro_megatron.cli.plan import plan
 from ouro_megatron.cli.recipe import recipe
@@ -62,6 +63,7 @@ app.command()(upcycle)
 app.command()(export)
 app.command("import")(import_checkpoint)
 app.command()(report)
+app.command()(experiment)
 app.command()(dashboard)
 app.command()(submit)
 app.command()(status)

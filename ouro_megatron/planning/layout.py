@@ -89,5 +89,5 @@ def layout_of(recipe: Recipe, world: int) -> Layout:
         recompute_loops=training.recompute_loops,
         bytes_per_value=2 if recipe.precision.compute == "bf16" else 4,
         chunk_tokens=recipe.objective.chunk_tokens,
-        trains_model=recipe.objective.kind == "expected_loss",
+        trains_model=recipe.objective.kind != "gate",
     )
