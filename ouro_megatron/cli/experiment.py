@@ -30,7 +30,9 @@ def experiment(
     out: Annotated[Path | None, typer.Option(help="Folder of the experiment; runs/experiments/NAME-SCALE.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at one time on this machine.")] = 1,
     nproc: Annotated[int | None, typer.Option(min=1, help="Ranks that train each cell; the fewest it needs.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all recipes and show the cells; train none.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all recipes and show the cells; train none.")
+    ] = False,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit the cells as a job array instead.")] = False,
     gpus: Annotated[int, typer.Option(min=0, help="With --slurm: GPUs, and ranks, of a cell.")] = 0,
     cpus_per_task: Annotated[int, typer.Option(min=1, help="With --slurm.")] = 4,
@@ -79,9 +81,7 @@ def experiment(
     if slurm:
         from ouro_megatron.experiments.slurm import ArrayOptions, submit, submitted
 
-        options = ArrayOptions(
-            max_running, gpus, cpus_per_task, memory, time, partition, account, tuple(sbatch or ())
-        )
+        options = ArrayOptions(max_running, gpus, cpus_per_task, memory, time, partition, account, tuple(sbatch or ()))
         scripts = submit(sweep, chosen, options, dry_run=dry_run)
         for script in scripts:
             console.print(str(script))
@@ -138,7 +138,9 @@ def _run_here(console: "Console", sweep: "Sweep", cells: list["Cell"], jobs: int
     from ouro_megatron.experiments.sweep import Workers
 
     done = sum(sweep.result(cell) is not None for cell in cells)
-    console.print(f"{sweep.settings.title} ({sweep.scale}): {len(cells)} runs, {done} done before; files in {sweep.out}")
+    console.print(
+        f"{sweep.settings.title} ({sweep.scale}): {len(cells)} runs, {done} done before; files in {sweep.out}"
+    )
     live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
 
     def show(lines: list[str], finished: int) -> None:

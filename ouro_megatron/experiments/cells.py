@@ -60,29 +60,34 @@ def cells_of(settings: ExperimentFile, seeds: int | None = None, only: Sequence[
     return cells
 
 
-def task_of(settings: ExperimentFile, cell: Cell) -> tuple[dict[str, Any], int]:
-    """The task's values and the number of training examples of a cell."""
+def task_of(settings: ExperimentFile, cell: Cell) -> tuple[dict[str, Any], int] | None:
+    """The task's values and the number of training examples of a cell; None where the recipe names a corpus."""
+    if settings.task is None:
+        return None
     if cell.variant is None:
         return dict(settings.task), settings.examples
     return {**settings.task, **cell.variant.task}, cell.variant.examples or settings.examples
 
 
-def recipe_of(settings: ExperimentFile, cell: Cell, corpus: Corpus, task: Task, run_dir: Path) -> Recipe:
-    """The recipe that trains a cell on `corpus`, made of `task`. Raises RecipeError for one that cannot be."""
+def recipe_of(settings: ExperimentFile, cell: Cell, data: tuple[Corpus, Task] | None, run_dir: Path) -> Recipe:
+    """The recipe that trains a cell on a corpus made of a task, or on the data that the file names.
+
+    Raises RecipeError for one that cannot be.
+    """
     layers, loops = parse_shape(cell.shape)
     values: dict[str, Any] = _merged(settings.recipe, cell.variant.recipe if cell.variant else {})
-    pair = {"path": str(corpus.train), "weight": 1}
     filled: dict[str, Any] = {
         "name": cell.name,
         "run_dir": str(run_dir),
-        "model": {"layers": layers, "loops": loops, "vocab": _rounded(len(task.words), values)},
-        "data": {"tokenizer": str(corpus.tokenizer), "train": [pair]},
+        "model": {"layers": layers, "loops": loops},
         "training": {"seed": cell.seed},
     }
-    # A file may name data of its own, such as a text corpus.
-    filled["data"] = _merged(filled["data"], values.get("data", {}))
-    if task.tests and "validation" not in filled["data"]:
-        filled["data"]["validation"] = [{"path": str(corpus.test), "weight": 1}]
+    if data is not None:
+        corpus, task = data
+        filled["model"]["vocab"] = _rounded(len(task.words), values)
+        filled["data"] = {"tokenizer": str(corpus.tokenizer), "train": [{"path": str(corpus.train), "weight": 1}]}
+        if task.tests:
+            filled["data"]["validation"] = [{"path": str(corpus.test), "weight": 1}]
     if cell.shape in settings.rates:
         filled["optimizer"] = {"lr": settings.rates[cell.shape]}
     values = _merged(values, filled)

@@ -1,10 +1,10 @@
 """The data of an experiment on disk: tokenizer, training pair, test sets, and a page of facts about them.
 
-    FOLDER/tokenizer/        one word a token
-    FOLDER/train.bin .idx .loss.bin    one example a document; the loss mask is on the answers
-    FOLDER/test.bin ..       all test sets as one pair, for the trainer's held-out loss
-    FOLDER/tests.json        test sets by name: prompts and answers as token ids
-    FOLDER/facts.json        counts, overlap, source
+FOLDER/tokenizer/        one word a token
+FOLDER/train.bin .idx .loss.bin    one example a document; the loss mask is on the answers
+FOLDER/test.bin ..       all test sets as one pair, for the trainer's held-out loss
+FOLDER/tests.json        test sets by name: prompts and answers as token ids
+FOLDER/facts.json        counts, overlap, source
 """
 
 import hashlib
@@ -101,7 +101,7 @@ def draw_tests(task: Task, count: int, rng: np.random.Generator) -> dict[str, Ex
 
 
 def distinct(draw: Any, count: int) -> Examples:
-    """`count` different examples in the order they were first drawn; fewer when ten times as many draws bring no more."""
+    """`count` different examples in the order of their first draw; fewer when ten times as many draws find no more."""
     parts, seen, found = list[Examples](), np.empty(0, np.uint64), 0
     for _ in range(10):
         drawn = draw(count)

@@ -16,7 +16,7 @@ from ouro_megatron.telemetry.plot_style import STYLE
 from ouro_megatron.telemetry.records import EvalRecord, StepRecord
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 _COLORS = ("#2b5c8a", "#c7622b", "#3c8d5a", "#8a4f9e", "#b03a48", "#4a90a4", "#7f7f3f", "#555555")

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ouro_megatron.data.dataset import build_dataset
 from ouro_megatron.errors import DataError
 from ouro_megatron.evaluation.likelihood import Continuation
 from ouro_megatron.evaluation.scores import Batch, score_tokens
@@ -25,10 +24,11 @@ _BATCH = 256
 """Test examples scored at one time."""
 
 
-def measure(kind: str, recipe: Recipe, corpus: Corpus, device: str) -> dict[str, float]:
+def measure(kind: str, recipe: Recipe, corpus: Corpus | None, device: str) -> dict[str, float]:
     """The numbers of one cell by name, from the last checkpoint and the metrics of its run."""
     if kind == "depth":
         return exits_by_loop(recipe.run_folder)
+    assert corpus is not None, "settings without a task measure depth"
     session = ModelSession(recipe.run_folder, device=device, batch=_BATCH)
     try:
         return accuracy(session, corpus) if kind == "accuracy" else biography_bits(session, corpus)
@@ -95,7 +95,9 @@ def exits_by_loop(run_folder: Path) -> dict[str, float]:
     """The trainer's last held-out evaluation: loss, exit probability by loop, expected depth."""
     records = [record for record in read_records(run_folder / METRICS_NAME) if isinstance(record, EvalRecord)]
     if not records:
-        raise DataError(f"{run_folder}: no evaluation in {METRICS_NAME}; data.validation is needed to see exits by loop")
+        raise DataError(
+            f"{run_folder}: no evaluation in {METRICS_NAME}; data.validation is needed to see exits by loop"
+        )
     last = records[-1]
     numbers: dict[str, Any] = {f"loss loop {t}": ce for t, ce in enumerate(last.loops.ce, start=1)}
     numbers |= {f"exits at loop {t}": 100 * p for t, p in enumerate(last.loops.exit_probability, start=1)}

@@ -1,12 +1,12 @@
 """A sweep on disk: what it consists of, what is done, and which of it a process may take.
 
-    OUT/experiment.yaml       settings, resolved
-    OUT/data/                 corpora
-    OUT/cells/NAME/           the cell's run folder; recipe.yaml, metrics.jsonl, checkpoints/ are the trainer's
-    OUT/cells/NAME/result.json    written last: the cell is done
-    OUT/cells/NAME/failed.json    why the last attempt failed
-    OUT/log/                  output of the workers
-    OUT/summary.md, .html, .json, *.png
+OUT/experiment.yaml       settings, resolved
+OUT/data/                 corpora
+OUT/cells/NAME/           the cell's run folder; recipe.yaml, metrics.jsonl, checkpoints/ are the trainer's
+OUT/cells/NAME/result.json    written last: the cell is done
+OUT/cells/NAME/failed.json    why the last attempt failed
+OUT/log/                  output of the workers
+OUT/summary.md, .html, .json, *.png
 """
 
 import fcntl
@@ -48,21 +48,23 @@ class Sweep:
     def run_folder(self, cell: Cell) -> Path:
         return self.cells_folder / cell.name
 
-    def corpus(self, cell: Cell) -> Corpus:
-        """Where the cell's data is, or will be."""
-        values, examples = task_of(self.settings, cell)
-        return Corpus(corpus_folder(self.out / "data", values, examples, self.settings.test_examples))
+    def corpus(self, cell: Cell) -> Corpus | None:
+        """Where the cell's data is, or will be; None where the recipe names its own."""
+        made_of = task_of(self.settings, cell)
+        if made_of is None:
+            return None
+        return Corpus(corpus_folder(self.out / "data", *made_of, self.settings.test_examples))
 
-    def prepare(self, cell: Cell) -> Corpus:
+    def prepare(self, cell: Cell) -> Corpus | None:
         """The cell's data, generated when it is not there."""
-        values, examples = task_of(self.settings, cell)
-        return make_corpus(self.out / "data", values, examples, self.settings.test_examples)
+        made_of = task_of(self.settings, cell)
+        return None if made_of is None else make_corpus(self.out / "data", *made_of, self.settings.test_examples)
 
     def recipe(self, cell: Cell) -> Recipe:
         """Raises RecipeError when the settings do not make a recipe."""
-        values, _ = task_of(self.settings, cell)
-        task = make_task(values, cell.name)
-        return recipe_of(self.settings, cell, self.corpus(cell), task, self.cells_folder)
+        made_of, corpus = task_of(self.settings, cell), self.corpus(cell)
+        data = None if made_of is None or corpus is None else (corpus, make_task(made_of[0], cell.name))
+        return recipe_of(self.settings, cell, data, self.cells_folder)
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """What was measured; None while the cell is not done. Raises DataError for a file that cannot be read."""

@@ -62,7 +62,7 @@ def write_summary(summary: Summary) -> Path:
             "written": time.strftime("%Y-%m-%d %H:%M:%S"),
             "missing_cells": summary.missing,
             "claims": [judged.as_json() for judged in summary.judged],
-            "data": [corpus_facts for corpus_facts in _facts(summary)],
+            "data": list(_facts(summary)),
             "results": summary.results,
         },
     )
@@ -74,7 +74,7 @@ def write_summary(summary: Summary) -> Path:
 
 
 def result_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: a group's parameters, its numbers as mean ± standard deviation, the talk's numbers beside them."""
+    """Heads and rows: a group's parameters, its numbers as mean ± standard deviation, the talk's beside them."""
     settings = summary.sweep.settings
     metrics = list(_TABLE_METRICS.get(settings.measure, ()))
     if settings.measure == "accuracy":
@@ -140,12 +140,11 @@ def _blocks(summary: Summary, pictures: Sequence[str]) -> list[Block]:
 
 def _facts(summary: Summary) -> list[dict[str, Any]]:
     """Facts of every corpus in use, each once."""
-    folder = summary.sweep.out / "data"
     found = {}
     for group in summary.results:
         shape, _, name = group.partition("/")
         corpus = summary.sweep.corpus(Cell(shape, summary.sweep.settings.variant(name), 1))
-        if corpus.folder.is_dir() and folder in corpus.folder.parents:
+        if corpus is not None and corpus.folder.is_dir():
             found[corpus.folder] = corpus.facts
     return list(found.values())
 
@@ -158,11 +157,13 @@ def _fact_lines(facts: dict[str, Any]) -> list[str]:
         f"{facts['train_tokens']:,} tokens, {facts['vocabulary']} words",
     ]
     for name, count in facts["test_examples"].items():
-        lines.append(f"test set {name}: {count:,} of {facts['possible_examples'][name]:,} possible examples".replace("'", ""))
+        lines.append(
+            f"test set {name}: {count:,} of {facts['possible_examples'][name]:,} possible examples".replace("'", "")
+        )
     if facts["test_examples"]:
         lines.append(
-            f"{facts['overlap']} examples are in both; {facts['left_out_because_tested']:,} draws were left out of training "
-            "because they are tested"
+            f"{facts['overlap']} examples are in both; {facts['left_out_because_tested']:,} draws were left out of "
+            "training because they are tested"
         )
     return lines
 
@@ -184,7 +185,8 @@ def _markdown(block: Block) -> str:
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#1f2933}"
-    "table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid #e3e8ee;padding:.3rem .8rem;text-align:left}"
+    "table{border-collapse:collapse;margin:1rem 0}"
+    "td,th{border-bottom:1px solid #e3e8ee;padding:.3rem .8rem;text-align:left}"
     "img{max-width:100%}"
 )
 

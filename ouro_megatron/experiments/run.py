@@ -2,8 +2,8 @@
 
 import os
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ouro_megatron.errors import STOPPED_EXIT_CODE
 from ouro_megatron.experiments.cells import Cell
@@ -57,7 +57,9 @@ def run_cell(sweep: Sweep, cell: Cell, signals: StopSignals, nproc: int | None =
 @contextmanager
 def _alone() -> Iterator[None]:
     """Hides the variables by which torchrun or Slurm would make this process a rank of a larger job."""
-    hidden = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR") if name in os.environ}
+    hidden = {
+        name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR") if name in os.environ
+    }
     try:
         yield
     finally:

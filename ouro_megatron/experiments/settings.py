@@ -1,4 +1,4 @@
-"""Settings files of experiments: what to train, with what, and what is claimed of it. One file an experiment and scale."""
+"""Settings files of experiments: what to train, with what, and what is claimed. One file an experiment and scale."""
 
 import re
 from importlib.resources import files
@@ -52,8 +52,9 @@ class ExperimentFile(Section):
     title: str
     note: str = ""
     """What is particular about this scale, for the page."""
-    task: dict[str, Any]
-    examples: PositiveInt
+    task: dict[str, Any] | None = None
+    """What the data is made of; without it the recipe names a corpus of its own."""
+    examples: PositiveInt = 1
     """Training examples that are drawn and stored; the budget decides how often they are read."""
     test_examples: PositiveInt = 1000
     """Of each test set, all different where there are so many."""
@@ -62,8 +63,8 @@ class ExperimentFile(Section):
     variants: list[Variant] = Field(default_factory=list)
     seeds: PositiveInt = 3
     measure: Literal["accuracy", "bits", "depth"] = "accuracy"
-    """`accuracy`: greedy exact match on the test sets. `bits`: what the model knows of the biographies. `depth`: held-out
-    loss and exits by loop."""
+    """`accuracy`: greedy exact match on the test sets. `bits`: what the model knows of the biographies. `depth`:
+    held-out loss and exits by loop."""
     claims: list[Claim]
     recipe: dict[str, Any]
     """What all cells share; the rest of a recipe is filled in: name, layers, loops, vocabulary, data, seed."""
@@ -78,6 +79,8 @@ class ExperimentFile(Section):
     def _names_exist(self) -> "ExperimentFile":
         for shape in [*self.shapes, *self.rates, *self.beside]:
             parse_shape(shape)
+        if self.task is None and self.measure != "depth":
+            raise ValueError(f"measure {self.measure} asks about a task: set task, or measure depth")
         groups = set(self.groups)
         for claim in self.claims:
             missing = [group for group in (claim.first, claim.second) if group not in groups]
@@ -90,7 +93,9 @@ class ExperimentFile(Section):
         """SHAPE, or SHAPE/VARIANT where there are variants, in order."""
         if not self.variants:
             return list(self.shapes)
-        return [f"{shape}/{v.name}" for v in self.variants for shape in self.shapes if shape in (v.shapes or self.shapes)]
+        return [
+            f"{shape}/{v.name}" for v in self.variants for shape in self.shapes if shape in (v.shapes or self.shapes)
+        ]
 
     def variant(self, name: str) -> Variant | None:
         return next((variant for variant in self.variants if variant.name == name), None)

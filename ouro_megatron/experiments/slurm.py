@@ -85,13 +85,16 @@ def _check_free(folder: Path) -> None:
         earlier = json.loads((folder / "jobs.json").read_text(encoding="utf-8"))["jobs"]
     except (OSError, ValueError, KeyError):
         return
-    present = set(slurm.run("squeue", "--noheader", "--me", "--states=PENDING,RUNNING,SUSPENDED,COMPLETING",
-                            "--format=%F").stdout.split())
+    present = set(
+        slurm.run(
+            "squeue", "--noheader", "--me", "--states=PENDING,RUNNING,SUSPENDED,COMPLETING", "--format=%F"
+        ).stdout.split()
+    )
     mine = [str(job) for job in earlier if str(job) in present]
     if mine:
         raise ClusterError(
-            f"{folder.parent}: jobs {', '.join(mine)} of an earlier submission are not over; wait for them, or stop them "
-            f"with `scancel {' '.join(mine)}`"
+            f"{folder.parent}: jobs {', '.join(mine)} of an earlier submission are not over; wait for them, or stop "
+            f"them with `scancel {' '.join(mine)}`"
         )
 
 
@@ -100,12 +103,14 @@ def _array(sweep: Sweep, names: Path, count: int, options: ArrayOptions) -> Path
     head = [f"--array=0-{count - 1}{most}", "--requeue", f"--signal=B:USR1@{GRACE_SECONDS}"]
     if options.gpus:
         head.append(f"--gpus-per-task={options.gpus}")
-    worker = f"{shlex.quote(sys.executable)} -m ouro_megatron.experiments.worker {shlex.quote(str(sweep.out.resolve()))}"
+    worker = (
+        f"{shlex.quote(sys.executable)} -m ouro_megatron.experiments.worker {shlex.quote(str(sweep.out.resolve()))}"
+    )
     ranks = f" --nproc {options.gpus}" if options.gpus > 1 else ""
     body = [
         f'cell=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(names.resolve()))})',
         "# A stop signal goes to this shell alone: it is handed on, and the worker saves the cell and leaves with 75.",
-        "stop() { kill -s USR1 \"$worker\" 2>/dev/null; }",
+        'stop() { kill -s USR1 "$worker" 2>/dev/null; }',
         "trap stop TERM USR1",
         f'{worker} --cells "$cell" --attempt "$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"{ranks} &',
         "worker=$!",

@@ -117,7 +117,9 @@ class Workers:
         if lines:
             logs = self.sweep.out / "log"
             raise TrainingError(
-                f"{len(lines)} of {len(left)} cells are not done:\n" + "\n".join(lines) + f"\nTheir output is in {logs}. "
+                f"{len(lines)} of {len(left)} cells are not done:\n"
+                + "\n".join(lines)
+                + f"\nTheir output is in {logs}. "
                 "Run the same command again: cells that are done stay, others go on from their checkpoints"
             )
 
@@ -142,7 +144,9 @@ def last_step(path: Path) -> StepRecord | None:
 
 def _short(metrics: dict[str, float]) -> str:
     """The numbers that tell a cell at a glance."""
-    wanted = [name for name in metrics if name.startswith(("accuracy ", "attribute bits per", "loss last", "expected depth"))]
+    wanted = [
+        name for name in metrics if name.startswith(("accuracy ", "attribute bits per", "loss last", "expected depth"))
+    ]
     return ", ".join(f"{name} {metrics[name]:.4g}" for name in wanted)
 
 

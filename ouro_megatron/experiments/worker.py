@@ -21,8 +21,8 @@ _PR_SET_PDEATHSIG = 1
 
 def work(out: Path, attempt: str, names: list[str], nproc: int | None, signals: StopSignals) -> int:
     """Runs cells (those in `names`) until none is left to take. The exit code: 0, 1 with a failed cell, 75 stopped."""
-    from ouro_megatron.experiments.plan import by_cost, load_plan
     from ouro_megatron.experiments.cells import cells_of
+    from ouro_megatron.experiments.plan import by_cost, load_plan
     from ouro_megatron.experiments.run import run_cell
 
     sweep = load_plan(out)

@@ -44,7 +44,8 @@ class DocumentBounds:
         by_length = lengths.argsort(stable=True)
         lengths, starts = lengths[by_length], starts[by_length]
         ends = lengths.cumsum(0)
-        return torch.arange(sum(self.lengths), device=ends.device) + (starts - ends + lengths).repeat_interleave(lengths)
+        shift = (starts - ends + lengths).repeat_interleave(lengths)
+        return torch.arange(sum(self.lengths), device=shift.device) + shift
 
     @cached_property
     def back(self) -> Tensor:

@@ -9,21 +9,22 @@ from ouro_megatron.experiments.tasks.examples import BOS, Examples, constant, fr
 from ouro_megatron.experiments.tasks.task import Task
 
 PLUS, EQUALS = 11, 12
+Terms = Annotated[int, Field(ge=2)]
 
 
 class Addition(Task):
     digits: Annotated[int, Field(ge=1, le=9)] = 3
-    train_terms: list[Annotated[int, Field(ge=2)]] = [2, 4, 8, 16, 32]
+    train_terms: tuple[Terms, ...] = (2, 4, 8, 16, 32)
     """n of a training example, each with the same chance."""
-    test_terms: list[Annotated[int, Field(ge=2)]] = [8, 16, 24, 32]
+    test_terms: tuple[Terms, ...] = (8, 16, 24, 32)
 
     @property
     def source(self) -> str:
         return (
-            "Saunshi et al., Reasoning with latent thoughts (arXiv 2502.17416), section 2.1: sums of n numbers of three "
-            "digits, character by character, n mixed in training and tested one by one. Left open there and chosen here: "
-            "numbers keep leading zeros; the sum has as many digits as the largest sum of n such numbers, the most "
-            "significant first"
+            "Saunshi et al., Reasoning with latent thoughts (arXiv 2502.17416), section 2.1: sums of n numbers of "
+            "three digits, character by character, n mixed in training and tested one by one. Left open there and "
+            "chosen here: numbers keep leading zeros; the sum has as many digits as the largest sum of n such "
+            "numbers, the most significant first"
         )
 
     @property

@@ -50,7 +50,19 @@ class Capo(Task):
     def _kinds(self) -> list[tuple[str, int]]:
         """Kinds of value words and how many there are of each, in the order of their ids."""
         sizes = (*self.names, 2, *self.dates, self.cities, self.universities, self.majors, self.employers)
-        kinds = ("first", "middle", "last", "pronoun", "month", "day", "year", "city", "university", "major", "employer")
+        kinds = (
+            "first",
+            "middle",
+            "last",
+            "pronoun",
+            "month",
+            "day",
+            "year",
+            "city",
+            "university",
+            "major",
+            "employer",
+        )
         return list(zip(kinds, sizes, strict=True))
 
     @property
@@ -97,7 +109,9 @@ class Capo(Task):
         parts[:, 1:, 1] = ids[:, 7:]
         body = np.take_along_axis(parts, orders[:, :, None], axis=1).reshape(count, -1)
         body = body[body >= 0].reshape(count, 12)
-        tokens = np.concatenate([np.zeros((count, 1), np.int64), ids[:, :4], body, np.ones((count, 1), np.int64)], axis=1)
+        tokens = np.concatenate(
+            [np.zeros((count, 1), np.int64), ids[:, :4], body, np.ones((count, 1), np.int64)], axis=1
+        )
         return Examples(tokens.astype(np.int32), np.full(count, tokens.shape[1]), np.ones(count, np.int64))
 
     def draw(self, count: int, rng: np.random.Generator) -> Examples:

@@ -15,7 +15,7 @@ class Mano(Task):
     operations: Annotated[int, Field(ge=1)] = 10
     """L: an example has 1..L operations, each number with the same chance; tested on L."""
     modulus: Annotated[int, Field(ge=2)] = 23
-    test_operations: list[Annotated[int, Field(ge=1)]] | None = None
+    test_operations: tuple[Annotated[int, Field(ge=1)], ...] | None = None
 
     @property
     def source(self) -> str:

@@ -11,8 +11,8 @@ from ouro_megatron.experiments.tasks.task import Task
 
 
 class MultiHop(Task):
-    """Entities lie in layers; each relation leads every entity to one of the next layer. Half of the world is drawn
-    from `world_seed`, so that all seeds of a sweep ask about the same one."""
+    """Entities lie in layers; each relation leads every entity to one of the next layer. `world_seed` draws the world
+    and what is held out, so that all runs of a sweep ask about the same one."""
 
     layers: Annotated[int, Field(ge=2)] = 5
     entities: Annotated[int, Field(ge=1)] = 100
@@ -45,8 +45,8 @@ class MultiHop(Task):
     @property
     def source(self) -> str:
         return (
-            "arXiv 2510.25741, section 6 and appendix B, after Yao et al. (arXiv 2505.17923): 500 entities in 5 layers, "
-            "20 relations, questions of 3 hops, 3,000 held out, one token a name, greedy exact match. Questions begin "
+            "arXiv 2510.25741, section 6 and appendix B, after Yao et al. (arXiv 2505.17923): 500 entities in 5 "
+            "layers, 20 relations, questions of 3 hops, 3,000 held out, one token a name, greedy exact match. Questions begin "
             "in the first layer, which gives the paper's number of about 8e5. Words as there: "
             "Who is the R1 of the R2 of E ? \\n Answer: E'"
         )

@@ -8,23 +8,25 @@ from pydantic import Field
 from ouro_megatron.experiments.tasks.examples import BOS, Examples, constant, from_columns, joined
 from ouro_megatron.experiments.tasks.task import Task
 
+Hops = Annotated[int, Field(ge=1)]
+
 
 class PHop(Task):
     length: Annotated[int, Field(ge=4)] = 256
     """n, symbols of a sequence."""
     alphabet: Annotated[int, Field(ge=2, le=26)] = 4
-    hops: list[Annotated[int, Field(ge=1)]] = [16]
+    hops: tuple[Hops, ...] = (16,)
     """p of a training example, each with the same chance; with several, the sequence begins with p."""
-    test_hops: list[Annotated[int, Field(ge=1)]] | None = None
+    test_hops: tuple[Hops, ...] | None = None
     """All of `hops` when absent."""
 
     @property
     def source(self) -> str:
         return (
-            "Sanford et al., Transformers, parallel computation and logarithmic depth (arXiv 2402.09268), definition of "
-            "hop_k; sizes of Saunshi et al. (arXiv 2502.17416): 256 symbols of an alphabet of 4. The answer follows the "
-            "last symbol; sequences without one (a hop that finds no earlier occurrence) are drawn again. The number "
-            "of possible examples counts these too"
+            "Sanford et al., Transformers, parallel computation and logarithmic depth (arXiv 2402.09268), definition "
+            "of hop_k; sizes of Saunshi et al. (arXiv 2502.17416): 256 symbols of an alphabet of 4. The answer follows "
+            "the last symbol; sequences without one (a hop that finds no earlier occurrence) are drawn again. The "
+            "number of possible examples counts these too"
         )
 
     @property

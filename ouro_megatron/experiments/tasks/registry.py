@@ -23,7 +23,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def make_task(values: Mapping[str, Any], origin: str) -> Task:
-    """The task that `values` describe: `kind` and its own settings. Raises RecipeError naming `origin` and the field."""
+    """The task that `values` describe: `kind` and its own settings. Raises RecipeError naming `origin` and field."""
     settings = dict(values)
     kind = settings.pop("kind", None)
     if kind not in TASKS:

@@ -36,7 +36,7 @@ class Task(BaseModel, ABC):
     @property
     @abstractmethod
     def possible(self) -> dict[str, int]:
-        """How many different examples there can be in each test set, or an upper bound where that is said in `source`."""
+        """How many different examples there can be in each test set, or a bound where `source` says so."""
 
     @property
     def counts_all(self) -> bool:
