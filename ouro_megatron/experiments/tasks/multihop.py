@@ -46,8 +46,8 @@ class MultiHop(Task):
     def source(self) -> str:
         return (
             "arXiv 2510.25741, section 6 and appendix B, after Yao et al. (arXiv 2505.17923): 500 entities in 5 "
-            "layers, 20 relations, questions of 3 hops, 3,000 held out, one token a name, greedy exact match. Questions begin "
-            "in the first layer, which gives the paper's number of about 8e5. Words as there: "
+            "layers, 20 relations, questions of 3 hops, 3,000 held out, one token a name, greedy exact match. "
+            "Questions begin in the first layer, which gives the paper's number of about 8e5. Words as there: "
             "Who is the R1 of the R2 of E ? \\n Answer: E'"
         )
 
