@@ -49,6 +49,12 @@ class ClusterError(OuroError):
     exit_code = 8
 
 
+class DoctorError(OuroError):
+    """A machine that lacks something it was asked to have."""
+
+    exit_code = 1
+
+
 class RequestError(OuroError):
     """A request for text that cannot be served as it is: a prompt too long, a setting out of range."""
 

@@ -128,6 +128,7 @@ def moment_template(engine: Engine) -> ShardedStateDict:
 def put_weights(lm: LoopLM, tensors: dict[str, Tensor]) -> None:
     for name, parameter in lm.named_global_parameters():
         parameter.copy_(tensors[f"weight.{name}"])
+    lm.weights_changed()
 
 
 @torch.no_grad()

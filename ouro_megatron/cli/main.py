@@ -16,6 +16,7 @@ from ouro_megatron.cli.checkpoints import upcycle
 from ouro_megatron.cli.cluster import cancel, status, submit
 from ouro_megatron.cli.dashboard import dashboard
 from ouro_megatron.cli.data import data
+from ouro_megatron.cli.doctor import doctor
 from ouro_megatron.cli.evaluation import evaluate
 from ouro_megatron.cli.exchange import export, import_checkpoint
 from ouro_megatron.cli.experiment import experiment
@@ -53,6 +54,7 @@ def root(
 
 app.command()(train)
 app.command()(plan)
+app.command()(doctor)
 app.command()(generate)
 app.command()(chat)
 app.command()(serve)

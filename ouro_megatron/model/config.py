@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ouro_megatron.model.fused import fuses_weight_gradients
 from ouro_megatron.recipe.schema import ModelSection, ParallelSection
 
 
@@ -28,6 +29,7 @@ def transformer_config(
     Losses are summed over tokens and divided by the global count once (`calculate_per_token_loss`).
     """
     on_cpu = device.type == "cpu"
+    fused = fuses_weight_gradients(model.implementation, device) is not None
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -53,7 +55,7 @@ def transformer_config(
         pipeline_model_parallel_layout=_pipeline_layout(layers_by_rank),
         sequence_parallel=parallel.sequence,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fused,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         # Megatron's name for an activation that the layer spec brings: ours (model/swiglu.py).

@@ -1,5 +1,6 @@
 """The sandwich-norm layer and its specs: a norm before and after each sub-layer, inside the residual branch."""
 
+from collections.abc import Container
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,11 @@ from torch import Tensor, nn
 from ouro_megatron.errors import RecipeError
 from ouro_megatron.model.attention import ScaledDotProductAttention
 from ouro_megatron.model.documents import documents_through
+from ouro_megatron.model.fp8.emulation import (
+    EmulatedColumnParallelLinear,
+    EmulatedRowParallelLinear,
+    Fp8Emulation,
+)
 from ouro_megatron.model.norm import RMSNorm
 from ouro_megatron.model.recompute import not_kept
 from ouro_megatron.model.swiglu import SwiGLU
@@ -76,10 +82,10 @@ class SandwichLayer(TransformerLayer):
                 rotary_pos_emb=rotary_pos_emb,
                 packed_seq_params=packed_seq_params,
             )
-        hidden_states = hidden_states + self.post_attention_norm(attention)
+        hidden_states = self.post_attention_norm(attention, hidden_states)
         normed = self.pre_mlp_layernorm(hidden_states)
         mlp, _ = self._mlp(normed, hidden_states)
-        return hidden_states + self.post_mlp_norm(mlp), context
+        return self.post_mlp_norm(mlp, hidden_states), context
 
     def _mlp(self, normed: Tensor, source: Tensor) -> tuple[Tensor, Tensor | None]:
         """The feed-forward part on `normed`, the norm of `source`."""
@@ -103,13 +109,13 @@ class SandwichLayer(TransformerLayer):
         return not_kept(normed, lambda: norm(kept))
 
 
-def _sandwich_block(
-    num_layers: int, *, norm: type, column_linear: type, row_linear: type, core_attention: type
-) -> TransformerBlockSubmodules:
-    """`num_layers` sandwich layers and a final norm from one library's parts."""
+def _sandwich_layer(
+    *, norm: type, column_linear: ModuleSpec | type, row_linear: ModuleSpec | type, core_attention: type
+) -> ModuleSpec:
+    """A sandwich layer from one library's parts."""
     attention = SelfAttentionSubmodules(linear_qkv=column_linear, core_attention=core_attention, linear_proj=row_linear)
     mlp = MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear, activation_func=SwiGLU)
-    layer = ModuleSpec(
+    return ModuleSpec(
         module=SandwichLayer,
         submodules=SandwichSubmodules(
             input_layernorm=norm,
@@ -122,18 +128,25 @@ def _sandwich_block(
             post_mlp_norm=norm,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def local_block(num_layers: int) -> TransformerBlockSubmodules:
-    """A block that runs on CPU and GPU without extra packages."""
-    return _sandwich_block(
-        num_layers,
-        norm=RMSNorm,
-        column_linear=ColumnParallelLinear,
-        row_linear=RowParallelLinear,
-        core_attention=ScaledDotProductAttention,
+def local_block(
+    num_layers: int, emulation: Fp8Emulation | None = None, emulated: Container[int] = ()
+) -> TransformerBlockSubmodules:
+    """A block that runs on CPU and GPU without extra packages.
+
+    With `emulation` the linears of the layers in `emulated`, counted from 0 in this block, round to 8 bits.
+    """
+    local = {"norm": RMSNorm, "core_attention": ScaledDotProductAttention}
+    exact = _sandwich_layer(column_linear=ColumnParallelLinear, row_linear=RowParallelLinear, **local)
+    params = {"emulation": emulation}
+    rounded = _sandwich_layer(
+        column_linear=ModuleSpec(module=EmulatedColumnParallelLinear, params=params),
+        row_linear=ModuleSpec(module=EmulatedRowParallelLinear, params=params),
+        **local,
     )
+    layers = [rounded if emulation is not None and index in emulated else exact for index in range(num_layers)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
@@ -153,17 +166,19 @@ def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
             "model.implementation: transformer_engine is not installed on this machine; install it beside the CUDA "
             "build of torch (pip install 'transformer-engine[pytorch]') or use model.implementation=local"
         ) from error
-    return _sandwich_block(
-        num_layers,
+    layer = _sandwich_layer(
         norm=TENorm,
         column_linear=TEColumnParallelLinear,
         row_linear=TERowParallelLinear,
         core_attention=documents_through(TEDotProductAttention),
     )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
 
 
-def block_spec(model: ModelSection, num_layers: int) -> TransformerBlockSubmodules:
-    """The block spec `model.implementation` asks for."""
+def block_spec(
+    model: ModelSection, num_layers: int, emulation: Fp8Emulation | None = None, emulated: Container[int] = ()
+) -> TransformerBlockSubmodules:
+    """The block spec `model.implementation` asks for; see `local_block` for the emulation of FP8."""
     if model.implementation == "transformer_engine":
         return transformer_engine_block(num_layers)
-    return local_block(num_layers)
+    return local_block(num_layers, emulation, emulated)

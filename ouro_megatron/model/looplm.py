@@ -6,6 +6,7 @@ The layers exist once; `loops` is whatever the caller asks for. The normed state
 checkpoints of arXiv 2510.25741).
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,11 +27,12 @@ from torch import Tensor, nn
 from ouro_megatron.model.attention import rotary_embedding
 from ouro_megatron.model.config import head_dim, transformer_config
 from ouro_megatron.model.documents import DocumentBounds
+from ouro_megatron.model.fp8.emulation import Fp8Emulation
 from ouro_megatron.model.layer import block_spec
 from ouro_megatron.model.layout import Split, split_of, take_shard, whole_shape
 from ouro_megatron.parallel.context import ParallelContext
-from ouro_megatron.recipe.layers import balanced_layers
-from ouro_megatron.recipe.schema import ModelSection, ParallelSection, Recompute
+from ouro_megatron.recipe.layers import balanced_layers, fp8_layers
+from ouro_megatron.recipe.schema import Fp8Section, ModelSection, ParallelSection, Recompute
 
 
 class ExitGate(nn.Module):
@@ -54,7 +56,7 @@ class LoopLM(MegatronModule):
     """Embedding on the first pipeline rank, final norm, gate and head on the last, layers on each.
 
     `layers_by_rank` says how many layers each pipeline rank holds; balanced by FLOPs when absent. Checkpoints do not
-    depend on it.
+    depend on it. With `fp8` the layers that it names make their matrix products in 8 bits.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class LoopLM(MegatronModule):
         recompute: Recompute = "none",
         recompute_loops: int | None = None,
         layers_by_rank: Sequence[int] | None = None,
+        fp8: Fp8Section | None = None,
     ) -> None:
         parallel = ParallelSection(
             tensor=context.tensor_size, pipeline=context.pipeline_size, sequence=context.sequence_parallel
@@ -93,9 +96,14 @@ class LoopLM(MegatronModule):
             self.embedding = LanguageModelEmbedding(
                 config, model.vocab, max_sequence_length=0, position_embedding_type="rope", tp_group=groups.tp
             )
+        self.fp8_emulation = Fp8Emulation(fp8, groups.tp_dp_cp) if fp8 is not None and fp8.emulate else None
+        """Shared by the linears that round to 8 bits; None when there are none."""
+        here = self._layers_by_rank[context.pipeline_rank]
+        first = sum(self._layers_by_rank[: context.pipeline_rank])
+        in_fp8 = fp8_layers(model, fp8)
         self.decoder = TransformerBlock(
             config,
-            block_spec(model, self._layers_by_rank[context.pipeline_rank]),
+            block_spec(model, here, self.fp8_emulation, [index for index in range(here) if first + index in in_fp8]),
             pre_process=True,
             post_process=context.is_last_stage,
             pg_collection=groups,
@@ -104,10 +112,14 @@ class LoopLM(MegatronModule):
         self.exit_gate: ExitGate | None = None
         if context.is_last_stage:
             self.exit_gate = ExitGate(model.hidden, dtype, context.device, context.sequence_parallel)
+            # The loss head makes this weight's gradient itself; Megatron would ask for apex's kernel here even where
+            # Transformer Engine's linears fuse their own.
+            head_config = copy.copy(config)
+            head_config.gradient_accumulation_fusion = False
             self.output_layer = ColumnParallelLinear(
                 model.hidden,
                 model.vocab,
-                config=config,
+                config=head_config,
                 init_method=config.init_method,
                 bias=False,
                 tp_group=groups.tp,
@@ -151,6 +163,11 @@ class LoopLM(MegatronModule):
         return self.decoder(
             hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=documents
         )
+
+    def weights_changed(self) -> None:
+        """To be called after each update and each load: copies of weights in another format are made anew."""
+        if self.fp8_emulation is not None:
+            self.fp8_emulation.weights_changed()
 
     def _choose_recomputation(self, loop: int) -> None:
         mode = self._recompute
@@ -216,3 +233,4 @@ def initialise(lm: LoopLM, seed: int) -> None:
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             whole = torch.empty(whole_shape(name, parameter, size)).normal_(0.0, lm.model.init_std, generator=generator)
             parameter.copy_(take_shard(name, whole, lm.context.tensor_rank, size))
+    lm.weights_changed()

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from ouro_megatron.errors import RecipeError
+from ouro_megatron.recipe.fp8 import check_fp8
 from ouro_megatron.recipe.layers import balanced_layers
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import ModelSection, Recipe
@@ -17,6 +18,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     """
     problems = [*_model(recipe.model), *_layout(recipe, world_size), *_sequence(recipe), *_packing(recipe)]
     problems += _objective(recipe)
+    problems += check_fp8(recipe)
     problems += _health(recipe)
     batch_problems = list(_batch(recipe, world_size))
     problems += [*batch_problems, *_data(recipe)]

@@ -144,6 +144,7 @@ class Engine:
         """Makes the optimizer's fp32 copies follow weights that were filled after this engine was built."""
         with self.context.platform.megatron_calls():
             self.optimizer.reload_model_params()
+        self.lm.weights_changed()
 
     def train_step(self, batches: list[Microbatch], lr: float, judge: Judge | None = None) -> StepResult:
         """One optimizer step over this rank's microbatches. All ranks call it together."""
@@ -157,7 +158,8 @@ class Engine:
         self.position.phase = "forward and backward"
         self.ddp.train()
         self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
         means = self._run(batches, training=True).means()
         self._reduce_gradients(means.tokens)
         return means
@@ -244,6 +246,7 @@ class Engine:
                     if parameter.grad is not None:
                         parameter.grad.mul_(scale)
         self.optimizer.step_with_ready_grads()
+        self.lm.weights_changed()
         return StepResult(means, norm)
 
 

@@ -22,6 +22,7 @@ from ouro_megatron.data.ranks import from_rank_zero
 from ouro_megatron.data.sampler import GlobalBatchSampler, MicrobatchReader
 from ouro_megatron.data.tokenizer import TextTokenizer, load_tokenizer
 from ouro_megatron.errors import TrainingError
+from ouro_megatron.model.fused import fused_pieces
 from ouro_megatron.model.looplm import LoopLM, initialise
 from ouro_megatron.parallel.context import ParallelContext, context_for
 from ouro_megatron.parallel.position import Position
@@ -94,6 +95,7 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
         recompute=recipe.training.recompute,
         recompute_loops=recipe.training.recompute_loops,
         layers_by_rank=layers,
+        fp8=recipe.precision.fp8,
     )
     if start.folder is None:
         initialise(lm, recipe.training.seed)
@@ -288,6 +290,8 @@ def _sinks(
     try:
         if start.folder is not None:
             sinks.notify("resume" if start.resumed else "start", f"loaded {start.folder}")
+        if not context.platform.is_cpu:
+            sinks.notify("fused", fused_pieces(recipe.model.implementation, context.device).describe())
         for line in start.handover:
             sinks.notify("handover", line)
         for note in start.notes:

@@ -10,6 +10,7 @@ from ouro_megatron.checkpoint.verify import damage
 from ouro_megatron.data.ranks import from_rank_zero
 from ouro_megatron.errors import CheckpointError, RecipeError
 from ouro_megatron.parallel.context import ParallelContext
+from ouro_megatron.recipe.fp8 import fp8_warning
 from ouro_megatron.recipe.load import difference
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import Recipe
@@ -61,6 +62,8 @@ def find_start(recipe: Recipe, plan: BatchPlan, damaged: Mapping[Path, str] | No
     root = recipe.run_folder / "checkpoints"
     notes = [f"removed {folder}, left by an interrupted save" for folder in remove_incomplete(root)]
     notes += [f"removed {folder}, which a rollback had left behind" for folder in drop_abandoned(recipe.run_folder)]
+    warning = fp8_warning(recipe)
+    notes += [warning] if warning else []
     own, lost = _own(root, damaged or {})
     notes += lost
     if own is not None:

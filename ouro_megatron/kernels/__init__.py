@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA. Each has a plain torch equal beside its caller, which the CPU uses and tests compare with."""
