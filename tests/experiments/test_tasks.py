@@ -130,8 +130,8 @@ def test_expressions_have_their_value() -> None:
         assert int(answer[0]) == value % 23
         sizes[operations] += 1
     assert set(sizes) == set(range(1, 10)) and min(sizes.values()) > 25
-    operations = Counter(word for row in range(500) for word in spelled(task, examples, row)[0] if word in "+-*")
-    assert max(operations.values()) < 1.2 * min(operations.values())
+    kinds = Counter(word for row in range(500) for word in spelled(task, examples, row)[0] if word in "+-*")
+    assert max(kinds.values()) < 1.2 * min(kinds.values())
 
 
 def test_expressions_are_counted_and_have_all_shapes() -> None:
