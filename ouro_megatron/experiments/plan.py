@@ -32,6 +32,19 @@ PLAN = "experiment.yaml"
 RESULT, FAILED = "result.json", "failed.json"
 
 
+_FREE = ("seeds", "claims", "note", "title", "beside", "hours")
+"""Settings that change nothing about a cell."""
+_FREE_SECTIONS = ("checkpoint", "logging")
+"""Sections of the recipe that do not, either."""
+
+
+def _counted(value: Any) -> Any:
+    """A setting without the sections of a recipe that change nothing about the result."""
+    if not isinstance(value, dict):
+        return value
+    return {key: inner for key, inner in value.items() if key not in _FREE_SECTIONS}
+
+
 @dataclass(frozen=True)
 class Sweep:
     """An experiment in a folder of its own."""
@@ -118,8 +131,7 @@ def save_plan(sweep: Sweep) -> None:
     values = {"experiment": sweep.name, "scale": sweep.scale, **sweep.settings.model_dump(mode="json")}
     if path.exists():
         old = yaml.safe_load(path.read_text(encoding="utf-8"))
-        free = ("seeds", "claims", "note", "title", "beside", "hours")
-        changed = [key for key in values if key not in free and old.get(key) != values[key]]
+        changed = [key for key in values if key not in _FREE and _counted(old.get(key)) != _counted(values[key])]
         if changed:
             raise RecipeError(
                 f"{sweep.out} holds another experiment: {', '.join(changed)} differ from {path}. "
