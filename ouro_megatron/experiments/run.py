@@ -34,7 +34,8 @@ def run_cell(sweep: Sweep, cell: Cell, signals: StopSignals, nproc: int | None =
         with _alone():
             if not run_stage(recipe, signals):
                 return False
-    numbers = measure(sweep.settings.measure, recipe, corpus, _device(recipe.training.device))
+    with _alone():
+        numbers = measure(sweep.settings.measure, recipe, corpus, _device(recipe.training.device))
     plan = BatchPlan(recipe)
     sweep.finish(
         cell,

@@ -23,6 +23,7 @@ def write_settings(folder: Path, **over: object) -> Path:
         "test_examples": 40,
         "shapes": ["1x1", "1x2"],
         "seeds": 1,
+        "beside": {"1x2": "2x6"},
         "claims": [{"kind": "above", "first": "1x2", "second": "1x1", "metric": "accuracy l=2", "margin": 5}],
         "recipe": {
             "model": {"hidden": 16, "heads": 2, "ffn": 32, "gate_bias_init": -20},
@@ -78,8 +79,8 @@ def test_a_sweep_end_to_end_and_once_more(tmp_path: Path) -> None:
     assert summary["claims"][0]["verdict"] in ("holds", "does not hold")
     assert summary["data"][0]["overlap"] == 0
     page = (out / "summary.md").read_text()
-    assert "| 1⊗2 | 1 |" in page and "98.1 / 96.3 / 78" in page and "![curves.png](curves.png)" in page
-    assert page.count("<") == page.count("<bos>") + page.count("<len_l>")
+    assert "| 1⊗2 | 1 |" in page and "| 2⊗6: 98.1 / 96.3 / 78 |" in page and "![curves.png](curves.png)" in page
+    assert "| 3⊗4 | 97.9 | 95.8 | 92.2 |" in page
     assert (out / "summary.html").read_text().count("<img") == 2
     assert (out / "curves.png").stat().st_size > 5000 and (out / "accuracy.png").stat().st_size > 5000
 
