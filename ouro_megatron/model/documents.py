@@ -32,13 +32,17 @@ class DocumentBounds:
 
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
-        """(length, how many documents have it), the shortest first."""
-        return sorted(Counter(self.lengths).items())
+        """(length, documents of it), the shortest first; each document by itself, in order, where few share a length:
+        sorting them would cost more than it saves."""
+        counts = Counter(self.lengths)
+        if 2 * len(counts) > len(self.lengths):
+            return [(length, 1) for length in self.lengths]
+        return sorted(counts.items())
 
     @cached_property
     def order(self) -> Tensor | None:
-        """int64 [b * s]: tokens of the rows laid end to end, documents sorted by length; None when they are."""
-        if list(self.lengths) == sorted(self.lengths):
+        """int64 [b * s]: tokens of the rows laid end to end, in the order of `groups`; None when it is theirs."""
+        if [length for length, count in self.groups for _ in range(count)] == list(self.lengths):
             return None
         lengths, starts = self.cu_seqlens.diff().long(), self.cu_seqlens[:-1].long()
         by_length = lengths.argsort(stable=True)
