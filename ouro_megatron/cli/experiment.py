@@ -1,6 +1,5 @@
 """`ouro experiment`."""
 
-import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -88,7 +87,7 @@ def experiment(
         if not dry_run and scripts:
             console.print(f"jobs {', '.join(map(str, submitted(sweep)))}; the last one writes {folder / 'summary.md'}")
         if not scripts:
-            _finish(console, load_plan(folder), chosen)
+            _finish(console, load_plan(folder))
         return
     _run_here(console, sweep, chosen, jobs, nproc)
 
@@ -155,43 +154,40 @@ def _run_here(console: "Console", sweep: "Sweep", cells: list["Cell"], jobs: int
     finally:
         if live is not None:
             live.stop()
-        _finish(console, sweep, cells)
+        _finish(console, sweep)
     if code:
         console.print("stopped; run it again to go on")
         raise typer.Exit(code)
 
 
-def _finish(console: "Console", sweep: "Sweep", cells: list["Cell"]) -> None:
-    """Writes the summary and shows the verdicts."""
+def _finish(console: "Console", sweep: "Sweep") -> bool:
+    """Writes the summary and shows the verdicts; False while no cell is done."""
     from rich.table import Table
 
     from ouro_megatron.experiments.report import result_table, summarise, write_summary
 
-    summary = summarise(sweep, cells)
+    summary = summarise(sweep)
     if not summary.results:
-        return
+        return False
     page = write_summary(summary)
-    if os.environ.get("RANK", "0") == "0":
-        heads, rows = result_table(summary)
-        table = Table(*heads)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        for judged in summary.judged:
-            style = {"holds": "green", "does not hold": "red"}.get(judged.verdict, "yellow")
-            console.print(f"[{style}]{judged.verdict}[/]: ", end="")
-            console.print(judged.sentence, markup=False)
-        console.print(f"{page}, {page.with_suffix('.html')}")
+    heads, rows = result_table(summary)
+    table = Table(*heads)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for judged in summary.judged:
+        style = {"holds": "green", "does not hold": "red"}.get(judged.verdict, "yellow")
+        console.print(f"[{style}]{judged.verdict}[/]: ", end="")
+        console.print(judged.sentence, markup=False)
+    console.print(f"{page}, {page.with_suffix('.html')}")
+    return True
 
 
 def _summary_only(console: "Console", out: Path | None) -> None:
     from ouro_megatron.errors import RecipeError
-    from ouro_megatron.experiments.plan import chosen_cells, load_plan
+    from ouro_megatron.experiments.plan import load_plan
 
     if out is None:
         raise RecipeError("ouro experiment summary needs --out DIR, the experiment's folder")
-    sweep = load_plan(out)
-    cells = chosen_cells(sweep, None, [])
-    _finish(console, sweep, cells)
-    if not any(sweep.result(cell) for cell in cells):
+    if not _finish(console, load_plan(out)):
         raise RecipeError(f"{out}: no cell is done; run the experiment first")

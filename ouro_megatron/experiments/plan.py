@@ -152,5 +152,13 @@ def load_plan(out: Path) -> Sweep:
     return Sweep(name, scale, ExperimentFile.model_validate(values), out)
 
 
+def all_cells(sweep: Sweep) -> list[Cell]:
+    """The cells of the settings, and those of more seeds that were run with `--seeds`."""
+    names = [folder.parent.name for folder in sweep.cells_folder.glob(f"*/{RESULT}")]
+    seeds = [int(name.rpartition("-seed")[2]) for name in names]
+    cells = cells_of(sweep.settings, max([sweep.settings.seeds, *seeds]))
+    return [cell for cell in cells if cell.seed <= sweep.settings.seeds or cell.name in names]
+
+
 def chosen_cells(sweep: Sweep, seeds: int | None, only: list[str]) -> list[Cell]:
     return by_cost(sweep, cells_of(sweep.settings, seeds, only))

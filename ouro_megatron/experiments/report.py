@@ -12,7 +12,7 @@ from ouro_megatron.checkpoint.folder import write_json
 from ouro_megatron.experiments.cells import Cell
 from ouro_megatron.experiments.claims import Judged, judge, spread
 from ouro_megatron.experiments.figures import draw, label_of
-from ouro_megatron.experiments.plan import Sweep
+from ouro_megatron.experiments.plan import Sweep, all_cells
 from ouro_megatron.experiments.talk import SENTENCES, TABLES, beside
 from ouro_megatron.telemetry.text import big
 
@@ -35,11 +35,11 @@ class Summary:
     """Cells that are not done."""
 
 
-def summarise(sweep: Sweep, cells: Sequence[Cell]) -> Summary:
-    """Reads the results of `cells` and judges the claims."""
+def summarise(sweep: Sweep) -> Summary:
+    """Reads the results of all cells and judges the claims."""
     results: dict[str, list[dict[str, Any]]] = {group: [] for group in sweep.settings.groups}
     missing = 0
-    for cell in sorted(cells, key=lambda item: item.seed):
+    for cell in all_cells(sweep):
         result = sweep.result(cell)
         if result is None:
             missing += 1

@@ -90,6 +90,7 @@ def test_a_sweep_end_to_end_and_once_more(tmp_path: Path) -> None:
     assert more.returncode == 0 and "2 runs, 1 done before" in more.stdout, more.stderr
     assert (out / "cells" / "1x1-seed1" / "result.json").stat().st_mtime_ns == before
     assert (out / "cells" / "1x1-seed2" / "result.json").exists()
+    assert len(json.loads((out / "summary.json").read_text())["results"]["1x1"]) == 2
     other = write_settings(tmp_path, examples=2001)
     refused = ouro(*command(other, out))
     assert refused.returncode == 2 and "holds another experiment: examples differ" in refused.stderr
