@@ -110,6 +110,7 @@ def _accuracies(settings: ExperimentFile, results: Results) -> Any:
         axis.bar(places, heights, width * 0.92, color=_color(index), label=label_of(group, settings))
         for place, value in zip(places, values, strict=True):
             axis.plot([place] * len(value), value, "o", color="#1f2933", markersize=2.5)
+    axis.set_axisbelow(True)
     axis.set_xticks(range(len(names)), [name.removeprefix("accuracy ") for name in names])
     axis.set(title="Exact match on examples never trained on (dots: seeds)", ylabel="percent", ylim=(0, 103))
     axis.legend(ncols=min(4, max(1, len(results))))
@@ -170,6 +171,7 @@ def _exits(settings: ExperimentFile, results: Results) -> Any:
         axes[0].bar(places, exits, width * 0.92, color=_color(index), label=label_of(group, settings))
         means, errors = [statistics.fmean(values) for values in losses], [spread(values) for values in losses]
         axes[1].errorbar(list(loops), means, errors, color=_color(index), marker="o", capsize=2)
+    axes[0].set_axisbelow(True)
     axes[0].set(title="Where tokens leave", xlabel="loop", ylabel="percent of tokens")
     axes[1].set(title="Held-out loss after each loop", xlabel="loop", ylabel="nats")
     axes[0].legend()
