@@ -19,6 +19,7 @@ from ouro_megatron.cli.data import data
 from ouro_megatron.cli.doctor import doctor
 from ouro_megatron.cli.evaluation import evaluate
 from ouro_megatron.cli.exchange import export, import_checkpoint
+from ouro_megatron.cli.experiment import experiment
 from ouro_megatron.cli.generate import generate
 from ouro_megatron.cli.lm_eval import lm_eval
 from ouro_megatron.cli.plan import plan
@@ -70,6 +71,7 @@ app.command()(upcycle)
 app.command()(export)
 app.command("import")(import_checkpoint)
 app.command()(report)
+app.command()(experiment)
 app.command()(dashboard)
 app.command()(submit)
 app.command()(status)

@@ -45,8 +45,8 @@ GPUS = {
 class Efficiency:
     """Fractions of the datasheet that are reached, and what the host costs.
 
-    All but `node`, `network` and `latency_seconds`, which are assumptions, are read off Ouro-1.4B's training step on one
-    H200 (docs/results/gpu.md): matrix products of Transformer Engine, cuDNN's attention, this project's kernels.
+    All but `node`, `network` and `latency_seconds`, which are assumptions, are read off Ouro-1.4B's training step on
+    one H200 (docs/results/gpu.md): matrix products of Transformer Engine, cuDNN's attention, this project's kernels.
     """
 
     matmul: float = 0.71

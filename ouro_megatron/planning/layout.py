@@ -104,7 +104,7 @@ def layout_of(recipe: Recipe, world: int) -> Layout:
         chunk_tokens=recipe.objective.chunk_tokens,
         on_gpu=training.device != "cpu",
         fp8_share=_fp8_share(recipe),
-        trains_model=recipe.objective.kind == "expected_loss",
+        trains_model=recipe.objective.kind != "gate",
     )
 
 
