@@ -19,7 +19,7 @@ from ouro_megatron.training.engine import Engine, Microbatch
 from tests.distributed.ranks import run_ranks
 
 LENGTHS = [(5, 1, 10), (16,), (1, 1, 14)]
-ALIKE = [(3, 5, 3, 5), (5, 3, 5, 3), (3, 3, 5, 5), (5, 5, 3, 3)]
+ALIKE: list[tuple[int, ...]] = [(3, 5, 3, 5), (5, 3, 5, 3), (3, 3, 5, 5), (5, 5, 3, 3)]
 """Few lengths, not in order: attention takes all documents of one length together."""
 CPU = torch.device("cpu")
 
