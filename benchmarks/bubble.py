@@ -1,14 +1,17 @@
 """The looped pipeline's bubble: Megatron's real schedule and messages on CPU ranks against the simulation.
 
-    python benchmarks/bubble.py [--out FOLDER]
+    python -m benchmarks.bubble [--out FOLDER]
 
 Computing is stood in for by sleeping, so that four ranks on two cores do not wait for each other's processor: what is
-measured is the schedule, its messages and Python's part. Forward sleeps 20 ms, backward 40 ms. Plain 1F1B over the
-unrolled loop (each rank holds L T / p layers, one chunk) is measured beside it with the same work a rank.
+measured is the schedule, its messages and Python's part. Forward sleeps 20 ms, backward 40 ms, whatever the rank.
+Beside it, with the same work a rank, in the same run: plain 1F1B over the unrolled loop or over T x L distinct layers,
+each rank one chunk of T L / p layers. These two have the same schedule; they differ in memory and in what is reduced
+(benchmarks/pipeline.py).
 """
 
 import argparse
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -24,7 +27,7 @@ from ouro_megatron.parallel.context import create_context
 from ouro_megatron.parallel.loop_pipeline import LoopPipeline, LoopView
 from ouro_megatron.parallel.schedule_clock import ScheduleClock
 from ouro_megatron.planning.measured import measured_timeline
-from ouro_megatron.planning.schedule import Task, simulate
+from ouro_megatron.planning.schedule import Task, Timeline, simulate
 from ouro_megatron.planning.timeline import draw, write_trace
 from ouro_megatron.recipe.schema import ModelSection, ParallelSection
 from tests.distributed.ranks import run_ranks
@@ -48,10 +51,8 @@ class _Sleep(torch.autograd.Function):
         return d_sbh * 1.0, None, None
 
 
-def one_step(loops: int, microbatches: int, work: float) -> list[tuple[str, float, float]]:
-    """Runs on every rank of a pipeline: the tasks of a second step, the first one warms up. `work` scales a visit."""
-    import os
-
+def steps(loops: int, microbatches: int, work: float, repeats: int) -> list[list[tuple[str, float, float]]]:
+    """Runs on every rank of a pipeline: the tasks of `repeats` steps after one to warm up. `work` scales a visit."""
     pipeline = int(os.environ["WORLD_SIZE"])
     context = create_context(ParallelSection(pipeline=pipeline))
     model = ModelSection(layers=pipeline, hidden=HIDDEN, heads=2, ffn=64, vocab=64, loops=loops)
@@ -69,29 +70,34 @@ def one_step(loops: int, microbatches: int, work: float) -> list[tuple[str, floa
         return h_sbh, None
 
     try:
-        for _ in range(2):
+        recorded = []
+        for _ in range(1 + repeats):
             context.barrier()
             clock = ScheduleClock(context.device)
             looped.run(forward, list(range(microbatches)), sequence_length=SEQUENCE, microbatch_size=1, clock=clock)
-        return [(task.kind, task.start, task.end) for task in clock.times()]
+            recorded.append([(task.kind, task.start, task.end) for task in clock.times()])
+        return recorded[1:]
     finally:
         context.close()
 
 
-def compare(pipeline: int, loops: int, microbatches: int, repeats: int) -> tuple[float, float, float, Any]:
+def compare(pipeline: int, loops: int, microbatches: int, repeats: int) -> tuple[float, float, float, Timeline]:
     """Simulated bubble, measured bubble (median), step time of plain 1F1B over this one's, the last timeline."""
 
     def planned(rank: int, task: Task) -> float:
         return FORWARD if task.kind == "forward" else BACKWARD
 
     simulated = simulate(pipeline, loops, microbatches, planned).bubble
-    measured, ratios, timeline = [], [], None
-    for _ in range(repeats):
-        timeline = measured_timeline(run_ranks(one_step, pipeline, loops, microbatches, 1.0), loops, microbatches)
-        plain = measured_timeline(run_ranks(one_step, pipeline, 1, microbatches, float(loops)), 1, microbatches)
-        measured.append(timeline.bubble)
-        ratios.append(plain.seconds / timeline.seconds)
-    return simulated, statistics.median(measured), statistics.median(ratios), timeline
+    looped = _timelines(pipeline, loops, microbatches, 1.0, repeats)
+    seconds = statistics.median(timeline.seconds for timeline in looped)
+    plain = looped if loops == 1 else _timelines(pipeline, 1, microbatches, float(loops), repeats)
+    ratio = statistics.median(timeline.seconds for timeline in plain) / seconds
+    return simulated, statistics.median(timeline.bubble for timeline in looped), ratio, looped[-1]
+
+
+def _timelines(pipeline: int, loops: int, microbatches: int, work: float, repeats: int) -> list[Timeline]:
+    ranks = run_ranks(steps, pipeline, loops, microbatches, work, repeats)
+    return [measured_timeline(step, loops, microbatches) for step in zip(*ranks, strict=True)]
 
 
 def main() -> None:
@@ -99,19 +105,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="folder for a picture and a trace of each measured step")
     arguments = parser.parse_args()
-    table = Table(title=f"bubble over the ideal time, medians of {arguments.repeats}")
-    for name in ("p", "T", "m", "(p-1)/(Tm)", "simulated", "measured", "plain 1F1B / looped"):
+    table = Table(title=f"bubble over the ideal time, medians of {arguments.repeats} steps")
+    for name in ("p", "T", "m", "(p-1)/(Tm)", "simulated", "measured", "step: measured / simulated", "1F1B / looped"):
         table.add_column(name, justify="right")
     for pipeline, loops, microbatches in itertools.product((2, 4), (1, 2, 4), (4, 8)):
         simulated, measured, ratio, timeline = compare(pipeline, loops, microbatches, arguments.repeats)
         formula = (pipeline - 1) / (loops * microbatches)
-        cells = (pipeline, loops, microbatches, f"{formula:.3f}", f"{simulated:.3f}", f"{measured:.3f}", f"{ratio:.2f}")
-        table.add_row(*(str(cell) for cell in cells))
+        step = (1 + measured) / (1 + simulated)
+        numbers = (f"{number:.3f}" for number in (formula, simulated, measured, step))
+        table.add_row(str(pipeline), str(loops), str(microbatches), *numbers, f"{ratio:.2f}")
         if arguments.out is not None:
             name = f"p{pipeline}-t{loops}-m{microbatches}"
             draw(timeline, loops, arguments.out / f"{name}.png", f"measured: p={pipeline}, T={loops}, m={microbatches}")
             write_trace(timeline, arguments.out / f"{name}.json")
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

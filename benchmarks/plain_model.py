@@ -49,20 +49,24 @@ class PlainLoopLM(nn.Module):
         self.gate = nn.Linear(model.hidden, 1)
         self.head = nn.Linear(model.hidden, model.vocab, bias=False)
 
+    def cross_entropy(self, x_bsh: Tensor, labels_bs: Tensor) -> Tensor:
+        """[b * s] in fp32, from logits of all tokens."""
+        return F.cross_entropy(self.head(x_bsh).flatten(0, 1).float(), labels_bs.flatten(), reduction="none")
+
     def forward(self, tokens_bs: Tensor, labels_bs: Tensor, beta: float) -> Tensor:
         dim = self.model.hidden // self.model.heads
-        positions = torch.arange(tokens_bs.shape[1])[:, None]
-        angles = positions / self.model.rope_base ** (torch.arange(0, dim, 2) / dim)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos(), angles.sin()
         x = self.embedding(tokens_bs)
+        positions = torch.arange(tokens_bs.shape[1], device=x.device)[:, None]
+        angles = positions / self.model.rope_base ** (torch.arange(0, dim, 2, device=x.device) / dim)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         losses, gates = [], []
         for _ in range(self.model.loops):
             for layer in self.layers:
                 x = layer(x, cos, sin)
             x = F.rms_norm(x, (x.shape[-1],), self.norm, self.model.norm_eps)
-            gates.append(self.gate(x).flatten())
-            losses.append(F.cross_entropy(self.head(x).flatten(0, 1), labels_bs.flatten(), reduction="none"))
+            gates.append(self.gate(x).flatten().float())
+            losses.append(self.cross_entropy(x, labels_bs))
         ce_tn, gate_tn = torch.stack(losses), torch.stack(gates)
         log_survival = F.logsigmoid(-gate_tn).cumsum(0)
         before = torch.cat((torch.zeros_like(log_survival[:1]), log_survival[:-1]))

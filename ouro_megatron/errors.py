@@ -29,6 +29,23 @@ class TrainingError(OuroError):
     """Training cannot go on: numbers that are not finite, a dead or stalled rank."""
 
     exit_code = 5
+    reported = False
+    """Already said where people see it."""
+
+
+class RankGone(TrainingError):
+    """Ranks that are no longer there; `last_seen` says where each was."""
+
+    def __init__(self, message: str, last_seen: dict[int, str]) -> None:
+        super().__init__(message)
+        self.last_seen = last_seen
+
+
+class AnotherRankFailed(TrainingError):
+    """Not this rank's fault: the one that failed, or the one that noticed, says why."""
+
+    def __init__(self) -> None:
+        super().__init__("another rank failed")
 
 
 class MetricsError(OuroError):
@@ -47,6 +64,12 @@ class ClusterError(OuroError):
     """Jobs that cannot be submitted as they are. Lists every problem found, one a line."""
 
     exit_code = 8
+
+
+class DoctorError(OuroError):
+    """A machine that lacks something it was asked to have."""
+
+    exit_code = 1
 
 
 class RequestError(OuroError):

@@ -12,7 +12,14 @@ from ouro_megatron.checkpoint.folder import TOKENIZER_FOLDER, resolve
 from ouro_megatron.checkpoint.huggingface.config import is_pretrained
 from ouro_megatron.checkpoint.save import describe
 from ouro_megatron.checkpoint.state import RunState, check_same_model, read_state
-from ouro_megatron.checkpoint.tensors import moment_template, put_optimizer, put_weights, weight_template
+from ouro_megatron.checkpoint.tensors import (
+    amax_template,
+    moment_template,
+    put_amax,
+    put_optimizer,
+    put_weights,
+    weight_template,
+)
 from ouro_megatron.checkpoint.verify import check_contents
 from ouro_megatron.data.tokenizer import TextTokenizer, load_tokenizer
 from ouro_megatron.errors import CheckpointError
@@ -34,8 +41,13 @@ def load_run(engine: Engine, folder: Path, recipe: Recipe, *, optimizer: bool) -
     if optimizer:
         template |= moment_template(engine)
         _check_moments(folder, template)
+    histories = amax_template(engine.lm)
+    if histories:
+        stored = stored_names(folder)
+        template |= {name: tensor for name, tensor in histories.items() if name in stored}
     tensors = read_tensors(template, folder, engine.context)
     put_weights(engine.lm, tensors)
+    put_amax(engine.lm, tensors)
     put_optimizer(engine, tensors, moments=optimizer, optimizer_steps=state.optimizer_steps)
     return state
 

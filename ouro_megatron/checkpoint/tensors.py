@@ -1,7 +1,8 @@
 """Weights and Adam's moments as Megatron-Core sharded tensors that do not depend on the parallel layout.
 
 Every tensor is stored in fp32 under the model's global parameter name: `weight.*` (the optimizer's fp32 copy when the
-model runs in bf16), `exp_avg.*` and `exp_avg_sq.*`. Any layout and either precision can read any checkpoint.
+model runs in bf16), `exp_avg.*` and `exp_avg_sq.*`. Any layout and either precision can read any checkpoint. Delayed
+FP8 scaling adds its histories (`amax.*`).
 
 Megatron's own distributed-optimizer format is not used: it needs a parameter on every data-parallel rank (the gate
 stage has 33 numbers in all for a tiny model), and keeps main and model weights twice.
@@ -74,7 +75,7 @@ def _gather(engine: Engine, parameter: nn.Parameter, part: Tensor | None, start:
     flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
     if part is not None:
         flat[start:end] = part
-    if engine.context.data_size > 1:
+    if engine.context.replicas > 1:
         dist.all_reduce(flat, group=engine.context.groups.dp_cp)
     return flat.view(parameter.shape).cpu()
 
@@ -101,7 +102,27 @@ def to_save(engine: Engine) -> ShardedStateDict:
                 values[key] = _gather(engine, parameter, part.state[key] if part else None, start, end)
         for key, value in values.items():
             tensors[f"{key}.{name}"] = make_sharded_optimizer_tensor(shards[name], value, key)
-    return tensors
+    return tensors | amax_template(engine.lm)
+
+
+def amax_template(lm: LoopLM) -> ShardedStateDict:
+    """Histories of delayed FP8 scaling, `amax.<visits>.<layer and tensor>` fp32 [visits], the same on all ranks that
+    hold a layer. Empty for other recipes."""
+    context = lm.context
+    replica = (0, context.tensor_rank, context.data_rank * context.context_size + context.context_rank)
+    found: ShardedStateDict = {}
+    for name, history in lm.named_amax_histories():
+        key = f"amax.{len(history.amax_v)}.{name}"
+        found[key] = ShardedTensor.from_rank_offsets(key, history.amax_v.cpu().clone(), replica_id=replica)
+    return found
+
+
+@torch.no_grad()
+def put_amax(lm: LoopLM, tensors: dict[str, Tensor]) -> None:
+    """Fills histories from a checkpoint; those that it does not have begin anew."""
+    for name, history in lm.named_amax_histories():
+        stored = tensors.get(f"amax.{len(history.amax_v)}.{name}")
+        history.amax_v.zero_() if stored is None else history.amax_v.copy_(stored)
 
 
 @torch.no_grad()
@@ -128,6 +149,7 @@ def moment_template(engine: Engine) -> ShardedStateDict:
 def put_weights(lm: LoopLM, tensors: dict[str, Tensor]) -> None:
     for name, parameter in lm.named_global_parameters():
         parameter.copy_(tensors[f"weight.{name}"])
+    lm.weights_changed()
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ The layers exist once; `loops` is whatever the caller asks for. The normed state
 checkpoints of arXiv 2510.25741).
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,12 +26,14 @@ from torch import Tensor, nn
 
 from ouro_megatron.model.attention import rotary_embedding
 from ouro_megatron.model.config import head_dim, transformer_config
+from ouro_megatron.model.context_attention import ContextPart
 from ouro_megatron.model.documents import DocumentBounds
-from ouro_megatron.model.layer import block_spec
+from ouro_megatron.model.fp8.emulation import AmaxHistory, Fp8Emulation, amax_histories
+from ouro_megatron.model.layer import FUSED_NORMS, block_spec
 from ouro_megatron.model.layout import Split, split_of, take_shard, whole_shape
 from ouro_megatron.parallel.context import ParallelContext
-from ouro_megatron.recipe.layers import balanced_layers
-from ouro_megatron.recipe.schema import ModelSection, ParallelSection, Recompute
+from ouro_megatron.recipe.layers import balanced_layers, fp8_layers
+from ouro_megatron.recipe.schema import Fp8Section, ModelSection, ParallelSection, Recompute
 
 
 class ExitGate(nn.Module):
@@ -54,7 +57,7 @@ class LoopLM(MegatronModule):
     """Embedding on the first pipeline rank, final norm, gate and head on the last, layers on each.
 
     `layers_by_rank` says how many layers each pipeline rank holds; balanced by FLOPs when absent. Checkpoints do not
-    depend on it.
+    depend on it. With `fp8` the layers that it names make their matrix products in 8 bits.
     """
 
     def __init__(
@@ -66,9 +69,13 @@ class LoopLM(MegatronModule):
         recompute: Recompute = "none",
         recompute_loops: int | None = None,
         layers_by_rank: Sequence[int] | None = None,
+        fp8: Fp8Section | None = None,
     ) -> None:
         parallel = ParallelSection(
-            tensor=context.tensor_size, pipeline=context.pipeline_size, sequence=context.sequence_parallel
+            tensor=context.tensor_size,
+            pipeline=context.pipeline_size,
+            context=context.context_size,
+            sequence=context.sequence_parallel,
         )
         self._layers_by_rank = list(layers_by_rank or balanced_layers(model, context.pipeline_size))
         config = transformer_config(
@@ -77,6 +84,7 @@ class LoopLM(MegatronModule):
             dtype=dtype,
             device=context.device,
             layers_by_rank=self._layers_by_rank,
+            fp8=fp8,
         )
         super().__init__(config=config)
         self.model = model
@@ -93,9 +101,14 @@ class LoopLM(MegatronModule):
             self.embedding = LanguageModelEmbedding(
                 config, model.vocab, max_sequence_length=0, position_embedding_type="rope", tp_group=groups.tp
             )
+        self.fp8_emulation = Fp8Emulation(fp8, groups.tp_dp_cp) if fp8 is not None and fp8.emulate else None
+        """Shared by the linears that round to 8 bits; None when there are none."""
+        here = self._layers_by_rank[context.pipeline_rank]
+        first = sum(self._layers_by_rank[: context.pipeline_rank])
+        in_fp8 = fp8_layers(model, fp8)
         self.decoder = TransformerBlock(
             config,
-            block_spec(model, self._layers_by_rank[context.pipeline_rank]),
+            block_spec(model, here, self.fp8_emulation, [index for index in range(here) if first + index in in_fp8]),
             pre_process=True,
             post_process=context.is_last_stage,
             pg_collection=groups,
@@ -104,20 +117,25 @@ class LoopLM(MegatronModule):
         self.exit_gate: ExitGate | None = None
         if context.is_last_stage:
             self.exit_gate = ExitGate(model.hidden, dtype, context.device, context.sequence_parallel)
+            # The loss head makes this weight's gradient itself; Megatron would ask for apex's kernel here even where
+            # Transformer Engine's linears fuse their own.
+            head_config = copy.copy(config)
+            head_config.gradient_accumulation_fusion = False
             self.output_layer = ColumnParallelLinear(
                 model.hidden,
                 model.vocab,
-                config=config,
+                config=head_config,
                 init_method=config.init_method,
                 bias=False,
                 tp_group=groups.tp,
             )
         self._mark_tensor_parallel()
+        self.weights_changed()
 
     def _mark_tensor_parallel(self) -> None:
         """Says which parameters are cut over ranks. Megatron does so while initialising, which is skipped here;
         without it the gradient norm would count shards as copies."""
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_global_parameters():
             split = split_of(name)
             if split is not Split.WHOLE and not hasattr(parameter, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(
@@ -133,24 +151,37 @@ class LoopLM(MegatronModule):
         """RoPE angles for positions [s] or [s, b], the same in every loop; see `rotary_embedding`."""
         return rotary_embedding(positions_s, head_dim(self.model), self.model.rope_base)
 
-    def rotary_of(self, length: int, documents: DocumentBounds | None) -> Tensor:
-        """RoPE angles for whole sequences of `length` tokens, which begin anew with each of `documents`."""
+    def rotary_of(self, length: int, documents: DocumentBounds | ContextPart | None) -> Tensor:
+        """RoPE angles of this rank's tokens of sequences of `length`, which begin anew with each of `documents`."""
         if documents is not None:
             return self.rotary(documents.positions_sb)
-        return self.rotary(torch.arange(length, device=self.context.device))
+        return self.rotary(self.context.own_positions(length).to(self.context.device))
 
     def run_layers(
-        self, h_sbh: Tensor, rotary: Tensor, loop: int = 0, documents: DocumentBounds | None = None
+        self, h_sbh: Tensor, rotary: Tensor, loop: int = 0, documents: DocumentBounds | ContextPart | None = None
     ) -> Tensor:
         """One visit of this rank's layers: [s, b, h] -> [s, b, h], with the final norm on the last pipeline rank.
 
         `loop` counts from 0; with `recompute_loops` = k loops k and later keep their activations. With `documents`
-        each attends to itself only; `rotary` must be of their positions.
+        each attends to itself only; `rotary` must be of their positions. Under context parallelism s counts this rank's
+        tokens, and the local attention core needs their ContextPart.
         """
         self._choose_recomputation(loop)
         return self.decoder(
             hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=documents
         )
+
+    def weights_changed(self) -> None:
+        """To be called after each update and each load: copies of weights in another format are made anew."""
+        if self.fp8_emulation is not None:
+            self.fp8_emulation.weights_changed()
+        for module in self.modules():
+            if hasattr(module, "is_first_microbatch"):
+                # One of Transformer Engine's linears. Without a copy it makes one in its next visit and keeps it for
+                # all that follow. Its own word for that, a first microbatch, would also make that visit's gradient
+                # replace what other loops have added to the buffer by then.
+                module.is_first_microbatch = False
+                module._fp8_workspaces.clear()
 
     def _choose_recomputation(self, loop: int) -> None:
         mode = self._recompute
@@ -179,12 +210,21 @@ class LoopLM(MegatronModule):
 
     def named_global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under layout-independent names: layers are numbered over the whole pipeline."""
-        offset = sum(self._layers_by_rank[: self.context.pipeline_rank])
         for name, parameter in self.named_parameters():
-            if name.startswith("decoder.layers."):
-                _, _, index, rest = name.split(".", 3)
-                name = f"decoder.layers.{int(index) + offset}.{rest}"
-            yield name, parameter
+            yield self._global_name(name), parameter
+
+    def named_amax_histories(self) -> Iterator[tuple[str, AmaxHistory]]:
+        """Histories of delayed FP8 scaling under layout-independent names; none for other recipes."""
+        for name, history in amax_histories(self):
+            yield self._global_name(name), history
+
+    def _global_name(self, name: str) -> str:
+        if not name.startswith("decoder.layers."):
+            return name
+        _, _, index, rest = name.split(".", 3)
+        for fused, plain in FUSED_NORMS.items():
+            rest = rest.replace(fused, plain)
+        return f"decoder.layers.{int(index) + sum(self._layers_by_rank[: self.context.pipeline_rank])}.{rest}"
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -216,3 +256,4 @@ def initialise(lm: LoopLM, seed: int) -> None:
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             whole = torch.empty(whole_shape(name, parameter, size)).normal_(0.0, lm.model.init_std, generator=generator)
             parameter.copy_(take_shard(name, whole, lm.context.tensor_rank, size))
+    lm.weights_changed()

@@ -1,4 +1,4 @@
-"""SwiGLU that keeps only its input for backward."""
+"""SwiGLU that keeps only its input for backward. On CUDA it is a Triton kernel."""
 
 from typing import Any
 
@@ -15,12 +15,20 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
+        if gate_up.is_cuda:
+            from ouro_megatron.kernels import swiglu
+
+            return swiglu.forward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
+        if gate_up.is_cuda:
+            from ouro_megatron.kernels import swiglu
+
+            return swiglu.backward(d_out, gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         sigmoid = torch.sigmoid(gate)
         silu = gate * sigmoid

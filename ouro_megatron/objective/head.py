@@ -59,28 +59,27 @@ def token_cross_entropy(
         d_weight = torch.zeros_like(weight, dtype=wide)
     for start in range(0, hidden.shape[0], chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        logits = (hidden[part] @ weight.t()).to(wide)
-        ce, softmax, local_label, is_local = _chunk_cross_entropy(logits, labels_n[part], first_id, head)
-        ce_n[part] = ce
-        if coefficient_n is None or d_hidden is None or d_weight is None:
+        coefficient = None if coefficient_n is None else coefficient_n[part]
+        chunk = _chunk_on_cuda if hidden.is_cuda else _chunk
+        # The logits are handed on without a name here, so that they are gone once they have become something else.
+        ce_n[part], d_logits = chunk(hidden[part] @ weight.t(), labels_n[part], coefficient, first_id, head)
+        if d_logits is None or d_hidden is None or d_weight is None:
             continue
-        d_logits = softmax.scatter_add_(1, local_label[:, None], -is_local.to(wide)[:, None])
-        d_logits = (d_logits * coefficient_n[part].to(wide)[:, None]).to(weight.dtype)
-        d_hidden[part] = d_logits @ weight
-        if d_weight.dtype == d_logits.dtype:
-            d_weight.addmm_(d_logits.t(), hidden[part])
-        else:
-            d_weight.add_(d_logits.t() @ hidden[part])
+        torch.mm(d_logits, weight, out=d_hidden[part])
+        _add_product(d_weight, d_logits, hidden[part])
+        del d_logits  # not there any more when the next chunk's logits are formed
     if d_hidden is None:
         return ce_n, None
     shape = (-1, *h_sbh.shape[1:])
     return ce_n, HeadGradients(_reduce_hidden(d_hidden.view(shape), head), None if main_grad is not None else d_weight)
 
 
-def _chunk_cross_entropy(
-    logits_nv: Tensor, labels_n: Tensor, first_id: int, head: HeadGroup
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """CE [n], this rank's softmax [n, v/tp] (in place of the logits), the label's local index, whether it is local."""
+def _chunk(
+    logits_nv: Tensor, labels_n: Tensor, coefficient_n: Tensor | None, first_id: int, head: HeadGroup
+) -> tuple[Tensor, Tensor | None]:
+    """CE [n] in fp32 or wider and, with `coefficient_n`, its weighted gradient by the logits in their dtype."""
+    dtype = logits_nv.dtype
+    logits_nv = logits_nv.to(torch.promote_types(dtype, torch.float32))
     maximum = logits_nv.amax(dim=-1)
     if head.size > 1:
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=head.group)
@@ -94,7 +93,43 @@ def _chunk_cross_entropy(
     if head.size > 1:
         dist.all_reduce(sums, group=head.group)
     denominator, target = sums
-    return denominator.log() - target, exponent.div_(denominator[:, None]), local_label, is_local
+    ce_n = denominator.log() - target
+    if coefficient_n is None:
+        return ce_n, None
+    coefficient_n = coefficient_n.to(exponent.dtype)
+    d_logits = exponent.mul_((coefficient_n / denominator)[:, None])
+    d_logits.scatter_add_(1, local_label[:, None], -(is_local * coefficient_n)[:, None])
+    return ce_n, d_logits.to(dtype)
+
+
+def _chunk_on_cuda(
+    logits_nv: Tensor, labels_n: Tensor, coefficient_n: Tensor | None, first_id: int, head: HeadGroup
+) -> tuple[Tensor, Tensor | None]:
+    """The same in two passes over the logits, whose memory the gradient takes."""
+    from ouro_megatron.kernels import cross_entropy
+
+    maximum, total, target = cross_entropy.statistics(logits_nv, labels_n, first_id)
+    if head.size > 1:
+        own_maximum = maximum.clone()
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=head.group)
+        sums = torch.stack((total * torch.exp(own_maximum - maximum), target))
+        dist.all_reduce(sums, group=head.group)
+        total, target = sums
+    log_total = total.log() + maximum
+    ce_n = log_total - target
+    if coefficient_n is None:
+        return ce_n, None
+    return ce_n, cross_entropy.gradient_in_place(logits_nv, labels_n, coefficient_n, log_total, first_id)
+
+
+def _add_product(total_vh: Tensor, d_logits_nv: Tensor, hidden_nh: Tensor) -> None:
+    """total += d_logits^T hidden, summed in total's precision where the device can."""
+    if total_vh.dtype == d_logits_nv.dtype:
+        total_vh.addmm_(d_logits_nv.t(), hidden_nh)
+    elif total_vh.is_cuda:
+        torch.addmm(total_vh, d_logits_nv.t(), hidden_nh, out_dtype=total_vh.dtype, out=total_vh)
+    else:
+        total_vh.add_(d_logits_nv.t() @ hidden_nh)
 
 
 def _gather_sequence(h_sbh: Tensor, head: HeadGroup) -> Tensor:

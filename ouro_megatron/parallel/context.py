@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from ouro_megatron.parallel.platform import Platform, choose_platform, make_deterministic
+from ouro_megatron.parallel.sequence_slices import own_positions, own_tokens
 from ouro_megatron.recipe.schema import ParallelSection, Recipe
 
 
@@ -28,8 +29,12 @@ class ParallelContext:
     pipeline_rank: int
     pipeline_size: int
     data_rank: int
+    """Among the ranks that read different samples; context-parallel ranks share theirs."""
     data_size: int
     sequence_parallel: bool
+    context_rank: int = 0
+    context_size: int = 1
+    """Ranks that a sequence is cut over."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -43,15 +48,33 @@ class ParallelContext:
     def device(self) -> torch.device:
         return self.platform.device
 
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights and add up their gradients: data- and context-parallel ones."""
+        return self.data_size * self.context_size
+
+    def own_positions(self, length: int) -> torch.Tensor:
+        """int64 [length / context_size] on the CPU: which tokens of a sequence are this rank's."""
+        return own_positions(length, self.context_rank, self.context_size)
+
+    def own_tokens(self, whole_bs: torch.Tensor) -> torch.Tensor:
+        """This context-parallel rank's part of [b, s] as [b, s / context_size]."""
+        return own_tokens(whole_bs, self.context_rank, self.context_size)
+
     def describe(self) -> str:
         """For example "4 cpu ranks: TP 2 x PP 2 x DP 1"."""
         ranks = f"{self.world_size} {self.device.type} rank{'s' if self.world_size > 1 else ''}"
         sequence = " + SP" if self.sequence_parallel else ""
-        return f"{ranks}: TP {self.tensor_size}{sequence} x PP {self.pipeline_size} x DP {self.data_size}"
+        context = f" x CP {self.context_size}" if self.context_size > 1 else ""
+        return f"{ranks}: TP {self.tensor_size}{sequence}{context} x PP {self.pipeline_size} x DP {self.data_size}"
 
     def describe_rank(self) -> str:
         """For error messages: "rank 3 (tensor 1, pipeline 1, data 0)"."""
-        return f"rank {self.rank} (tensor {self.tensor_rank}, pipeline {self.pipeline_rank}, data {self.data_rank})"
+        context = f"context {self.context_rank}, " if self.context_size > 1 else ""
+        return (
+            f"rank {self.rank} (tensor {self.tensor_rank}, {context}pipeline {self.pipeline_rank}, "
+            f"data {self.data_rank})"
+        )
 
     def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Overwrites `tensor` on every pipeline rank with the last rank's and returns it. All ranks call it."""
@@ -61,8 +84,8 @@ class ParallelContext:
         return tensor
 
     def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All-reduces `tensor` in place over the data-parallel group and returns it. All ranks call it."""
-        if self.data_size > 1:
+        """All-reduces `tensor` in place over all ranks that see other tokens and returns it. All ranks call it."""
+        if self.replicas > 1:
             dist.all_reduce(tensor, group=self.groups.dp_cp)
         return tensor
 
@@ -118,6 +141,7 @@ def create_context(parallel: ParallelSection, device: str = "auto", seed: int = 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=parallel.timeout_seconds / 60,
     )
@@ -132,9 +156,11 @@ def create_context(parallel: ParallelSection, device: str = "auto", seed: int = 
         tensor_size=groups.tp.size(),
         pipeline_rank=groups.pp.rank(),
         pipeline_size=groups.pp.size(),
-        data_rank=groups.dp_cp.rank(),
-        data_size=groups.dp_cp.size(),
+        data_rank=groups.dp.rank(),
+        data_size=groups.dp.size(),
         sequence_parallel=parallel.sequence,
+        context_rank=groups.cp.rank(),
+        context_size=groups.cp.size(),
     )
 
 

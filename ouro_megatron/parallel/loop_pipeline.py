@@ -92,6 +92,8 @@ class LoopPipeline:
         Each view gets its own iterator of (index, microbatch) pairs. `clock` records when each task ran.
         """
         self._views_config.timers = clock
+        if clock is not None:
+            clock.follow(self._backward_place)
         iterators = [iter(list(enumerate(batches))) for _ in self.views]
         arguments: dict[str, Any] = {}
         if self._context.pipeline_size > 1:
@@ -107,6 +109,14 @@ class LoopPipeline:
             pg_collection=self._context.groups,
             **arguments,
         )
+
+    def _backward_place(self, index: int) -> tuple[int, int]:
+        """Loop and microbatch, from 1, of a rank's `index`-th backward: groups of p microbatches, last loop first."""
+        if not self._interleaved:
+            return int(len(self.views[0].loops) == 1), index + 1
+        pipeline, loops = self._context.pipeline_size, len(self.views)
+        group, within = divmod(index, pipeline * loops)
+        return loops - within // pipeline, group * pipeline + within % pipeline + 1
 
 
 class JoinLoopGradient(torch.autograd.Function):

@@ -125,7 +125,26 @@ def activate_cpu(stand_in: torch.device = _CPU) -> None:
     cuda.set_rng_state = set_state
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
+    _use_torch_optimizer()
     schedules.torch = _TorchWithoutCuda(stand_in)
+
+
+def _use_torch_optimizer() -> None:
+    """Undoes what Megatron-Core chose on import where apex or Transformer Engine are installed: their kernels take GPU
+    tensors only. Without them this is what it chose itself."""
+    from megatron.core import optimizer
+    from megatron.core import utils as megatron_utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as base
+
+    optimizer.Adam = torch.optim.AdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.Adam = torch.optim.Adam
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    clip_grads.l2_norm_impl = megatron_utils.local_multi_tensor_l2_norm
+    for module in (clip_grads, base):
+        module.multi_tensor_applier = megatron_utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = megatron_utils.local_multi_tensor_scale
 
 
 def make_deterministic() -> None:

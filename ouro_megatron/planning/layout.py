@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from ouro_megatron.recipe.layers import balanced_layers
+from ouro_megatron.recipe.layers import balanced_layers, fp8_layers
 from ouro_megatron.recipe.schema import ModelSection, Recipe, Recompute
-from ouro_megatron.recipe.validate import check_recipe
+from ouro_megatron.recipe.validate import check_recipe, data_parallel_size
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,28 @@ class Layout:
     """Of weights and activations: 2 in bf16, 4 in fp32."""
     chunk_tokens: int
     """Tokens whose logits exist at one time."""
+    context: int = 1
+    """Ranks that share a sequence."""
+    on_gpu: bool = False
+    """Whether the kernels for CUDA run; they keep less for backward than plain torch on a CPU."""
+    fp8_share: float = 0.0
+    """Of the layers, those whose matrix products run in FP8."""
     trains_model: bool = True
     """False in the gate stage, whose model runs without a graph."""
 
     @property
     def world(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.pipeline * self.data
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights and add up their gradients."""
+        return self.context * self.data
 
     @property
     def tokens(self) -> int:
-        """Tokens of one microbatch."""
-        return self.sequence * self.microbatch
+        """A rank's tokens of one microbatch."""
+        return self.sequence * self.microbatch // self.context
 
     @property
     def loops(self) -> int:
@@ -48,7 +59,7 @@ class Layout:
 
     @property
     def step_tokens(self) -> int:
-        return self.tokens * self.microbatches * self.data
+        return self.tokens * self.context * self.microbatches * self.data
 
     @property
     def interleaved(self) -> bool:
@@ -63,7 +74,8 @@ class Layout:
 
     def describe(self) -> str:
         sequence = " + SP" if self.sequence_parallel else ""
-        return f"TP {self.tensor}{sequence} x PP {self.pipeline} x DP {self.data}"
+        context = f" x CP {self.context}" if self.context > 1 else ""
+        return f"TP {self.tensor}{sequence}{context} x PP {self.pipeline} x DP {self.data}"
 
 
 def layout_of(recipe: Recipe, world: int) -> Layout:
@@ -73,7 +85,7 @@ def layout_of(recipe: Recipe, world: int) -> Layout:
     """
     check_recipe(recipe, world)
     parallel, training = recipe.parallel, recipe.training
-    data = world // (parallel.tensor * parallel.pipeline)
+    data = data_parallel_size(recipe, world)
     length = recipe.data.sequence_length
     return Layout(
         model=recipe.model,
@@ -81,6 +93,7 @@ def layout_of(recipe: Recipe, world: int) -> Layout:
         microbatch=recipe.batch.microbatch,
         microbatches=recipe.batch.global_tokens // (length * recipe.batch.microbatch * data),
         tensor=parallel.tensor,
+        context=parallel.context,
         pipeline=parallel.pipeline,
         data=data,
         sequence_parallel=parallel.sequence,
@@ -89,5 +102,14 @@ def layout_of(recipe: Recipe, world: int) -> Layout:
         recompute_loops=training.recompute_loops,
         bytes_per_value=2 if recipe.precision.compute == "bf16" else 4,
         chunk_tokens=recipe.objective.chunk_tokens,
-        trains_model=recipe.objective.kind == "expected_loss",
+        on_gpu=training.device != "cpu",
+        fp8_share=_fp8_share(recipe),
+        trains_model=recipe.objective.kind != "gate",
     )
+
+
+def _fp8_share(recipe: Recipe) -> float:
+    fp8 = recipe.precision.fp8
+    if fp8 is None or fp8.emulate:
+        return 0.0
+    return len(fp8_layers(recipe.model, fp8)) / recipe.model.layers

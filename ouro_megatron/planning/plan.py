@@ -20,8 +20,8 @@ class Plan:
 
     layout: Layout
     gpu: Gpu
-    total_tokens: int
-    """Budget of the stage."""
+    total_tokens: int | None
+    """Budget of the stage; None where it is counted in epochs of data that was not read."""
     efficiency: Efficiency = field(default_factory=Efficiency)
 
     @cached_property
@@ -52,6 +52,19 @@ class Plan:
         layout, costs = self.layout, self.costs
         return simulate(
             layout.pipeline, layout.loops, self.simulated_microbatches, costs.task_seconds, costs.hop_seconds
+        )
+
+    @property
+    def pictured_microbatches(self) -> int:
+        """As many as a picture can show with room for their numbers."""
+        return min(self.layout.microbatches, max(2 * self.layout.pipeline, 4))
+
+    @property
+    def pictured(self) -> Timeline:
+        """The schedule of `pictured_microbatches`, its beginning and its end."""
+        layout, costs = self.layout, self.costs
+        return simulate(
+            layout.pipeline, layout.loops, self.pictured_microbatches, costs.task_seconds, costs.hop_seconds
         )
 
     @property
@@ -99,52 +112,59 @@ class Plan:
         return self.tokens_per_second * self.flops_per_token / (peak * self.layout.world)
 
     @property
-    def days(self) -> float:
-        return self.total_tokens / self.tokens_per_second / 86_400
+    def days(self) -> float | None:
+        return None if self.total_tokens is None else self.total_tokens / self.tokens_per_second / 86_400
 
     @property
-    def gpu_hours(self) -> float:
-        return self.days * 24 * self.layout.world
+    def gpu_hours(self) -> float | None:
+        return None if self.days is None else self.days * 24 * self.layout.world
 
     def shares(self) -> dict[str, float]:
         """Where the step's seconds go on the busiest pipeline rank, as fractions that add up to 1."""
         layout, costs, timeline = self.layout, self.costs, self.timeline
         rank = max(range(layout.pipeline), key=timeline.busy)
         busy = timeline.busy(rank) * self._more
-        exchanged = 0.0
-        if layout.tensor > 1:
-            traffic = costs.traffic(rank)
-            bandwidth = self.gpu.node_bandwidth * self.efficiency.node
-            if not costs.tensor_in_node:
-                bandwidth = self.gpu.network_bandwidth * self.efficiency.network
-            exchanged = min(busy, traffic.tensor / bandwidth)
+        traffic = costs.traffic(rank)
+        exchanged = min(busy, traffic.tensor / costs.bandwidth(traffic.tensor_in_node))
+        gathered = min(busy - exchanged, traffic.context / costs.bandwidth(traffic.context_in_node))
         head = 0.0
         if rank == layout.pipeline - 1:
             head = costs.head_seconds * layout.loops * layout.microbatches
+        layers = busy - exchanged - gathered - head
+        useful, forward = layers * (1.0 - costs.recomputed), costs.layer_parts
         parts = {
-            "layers": busy - exchanged - head,
+            **{name: useful * seconds / sum(forward.values()) for name, seconds in forward.items()},
+            "recomputation": layers * costs.recomputed,
             "loss heads": head,
             "tensor-parallel exchange": exchanged,
+            "context-parallel exchange": gathered,
             "bubble and waiting": self.bubble_seconds,
             "gradient reduction and optimizer": self.tail_seconds,
         }
         return {name: seconds / self.step_seconds for name, seconds in parts.items()}
 
     def limit(self) -> str:
-        """One sentence on what holds the layout back most, and what to try."""
+        """What holds the layout back most, at most two things, and what to try."""
         if not self.fits:
             rank = max(range(self.layout.pipeline), key=lambda index: self.memory[index].peak)
             return _memory_advice(self, rank)
         shares = self.shares()
-        worst = max((name for name in shares if name != "layers"), key=lambda name: shares[name])
-        if shares[worst] < 0.1:
-            return "the layers' own arithmetic: this is as it should be"
-        return f"{worst} takes {shares[worst]:.0%} of the step: {_ADVICE[worst]}"
+        worst = sorted(_ADVICE, key=lambda name: -shares[name])
+        found = [
+            f"{name}, {shares[name]:.0%} of the step: {_ADVICE[name]}" for name in worst[:2] if shares[name] >= 0.1
+        ]
+        own = f"the layers' own matrix products, {shares['matrix products']:.0%} of the step: as it should be"
+        return "; ".join(found) or own
 
 
 _ADVICE = {
+    "attention": "the price of data.sequence_length; no layout changes it",
+    "passes over memory": "they grow with hidden and feed-forward width as matrix products do with their square",
+    "the host": "larger pieces of work: batch.microbatch, or a smaller parallel.tensor",
+    "recomputation": "training.recompute=selective, or training.recompute_loops, as far as memory allows",
     "loss heads": "a smaller share of layers on the last rank (parallel.layers) or fewer pipeline ranks evens it out",
     "tensor-parallel exchange": "a smaller parallel.tensor, larger batch.microbatch, or parallel.sequence=true",
+    "context-parallel exchange": "a smaller parallel.context, or fewer key and value heads (model.kv_heads)",
     "bubble and waiting": "more microbatches (a smaller batch.microbatch) or fewer pipeline ranks",
     "gradient reduction and optimizer": "fewer data-parallel ranks or a larger global batch",
 }
@@ -161,7 +181,8 @@ def _memory_advice(plan: Plan, rank: int) -> str:
         key=lambda part: part[1],
     )[0]
     cures = {
-        "activations": "training.recompute=selective or full, a smaller batch.microbatch, or a larger parallel.tensor",
+        "activations": "training.recompute=selective or full, a smaller batch.microbatch, a larger parallel.tensor or "
+        "parallel.context",
         "optimizer state": "more data-parallel ranks or a larger parallel.tensor or parallel.pipeline",
         "weights and gradients": "a larger parallel.tensor or parallel.pipeline",
         "the loss head": "a smaller objective.chunk_tokens",

@@ -1,5 +1,6 @@
 """All layouts of a recipe on so many GPUs, ranked by predicted time."""
 
+import itertools
 from collections.abc import Iterator
 
 from ouro_megatron.errors import RecipeError
@@ -9,22 +10,30 @@ from ouro_megatron.planning.plan import Plan
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import Recipe, Recompute
 
+MIN_PIECE = 4096
+"""Tokens of a sequence that a context-parallel rank holds at least."""
+
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 def plan_for(recipe: Recipe, world: int, gpu: Gpu, efficiency: Efficiency | None = None) -> Plan:
     """The plan of the recipe's own layout. Raises RecipeError with all problems when it cannot run on `world` GPUs."""
     layout = layout_of(recipe, world)
-    return Plan(layout, gpu, BatchPlan(recipe).total_tokens, efficiency or Efficiency())
+    return Plan(layout, gpu, _budget(recipe), efficiency or Efficiency())
+
+
+def _budget(recipe: Recipe) -> int | None:
+    """Tokens of the stage; None for epochs of data that nobody has counted yet."""
+    return None if recipe.budget.total is None else BatchPlan(recipe).total_tokens
 
 
 def best_plans(recipe: Recipe, world: int, gpu: Gpu, efficiency: Efficiency | None = None) -> list[Plan]:
-    """One plan for each (tensor, pipeline, microbatch) that can run, with the least recomputation that fits.
+    """One plan for each (tensor, context, pipeline, microbatch) that can run, with the least recomputation that fits.
 
     Those that fit into memory come first, fastest first; then those that do not, smallest first. Global batch, model
     and data stay as the recipe says. Raises RecipeError when no layout can run.
     """
-    total = BatchPlan(recipe).total_tokens
+    total = _budget(recipe)
     plans = []
     for variant in _variants(recipe, world):
         chosen = None
@@ -50,17 +59,10 @@ def best_plans(recipe: Recipe, world: int, gpu: Gpu, efficiency: Efficiency | No
 def _variants(recipe: Recipe, world: int) -> Iterator[Recipe]:
     tensors = [size for size in (1, 2, 4, 8) if size <= world]
     pipelines = [size for size in (1, 2, 3, 4, 6, 8, 12, 16) if size <= min(world, recipe.model.layers)]
-    for tensor in tensors:
-        for pipeline in pipelines:
-            for microbatch in (1, 2, 4, 8):
-                parallel = recipe.parallel.model_copy(
-                    update={
-                        "tensor": tensor,
-                        "pipeline": pipeline,
-                        "data": None,
-                        "layers": None,
-                        "sequence": tensor > 1,
-                    }
-                )
-                batch = recipe.batch.model_copy(update={"microbatch": microbatch})
-                yield recipe.model_copy(update={"parallel": parallel, "batch": batch})
+    # Shorter pieces leave a GPU's kernels too little to do.
+    contexts = [size for size in (1, 2, 4, 8, 16) if size == 1 or recipe.data.sequence_length >= size * MIN_PIECE]
+    for tensor, context, pipeline, microbatch in itertools.product(tensors, contexts, pipelines, (1, 2, 4, 8)):
+        sizes = {"tensor": tensor, "context": context, "pipeline": pipeline, "sequence": tensor > 1}
+        parallel = recipe.parallel.model_copy(update={**sizes, "data": None, "layers": None})
+        batch = recipe.batch.model_copy(update={"microbatch": microbatch})
+        yield recipe.model_copy(update={"parallel": parallel, "batch": batch})

@@ -9,6 +9,9 @@ from ouro_megatron.planning.hardware import GIB
 from ouro_megatron.planning.plan import RESERVE_BYTES, Plan
 from ouro_megatron.telemetry.text import big, duration
 
+_NARROW: dict[str, Any] = {"padding": (0, 0), "collapse_padding": True}
+"""Many columns on a terminal of 80."""
+
 
 def show_plan(plan: Plan, console: Console) -> None:
     """Prints layout, memory by pipeline rank, where time goes, and the stage's length and price in GPU-hours."""
@@ -23,12 +26,13 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print(_speed_line(plan))
     console.print(f"Limit: {plan.limit()}.")
     console.print(
-        "[dim]Speeds come from datasheets and assumed efficiencies, not from a run on these GPUs; bytes are counted.[/]"
+        "[dim]Speeds: datasheets, and efficiencies that one H200 gave; links between GPUs are assumed. Bytes are counted.[/]"
     )
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = Table(title=f"Memory, GiB of {plan.gpu.memory_bytes / GIB:.1f} ({RESERVE_BYTES / GIB:.1f} kept free)")
+    title = f"Memory, GiB of {plan.gpu.memory_bytes / GIB:.1f} ({RESERVE_BYTES / GIB:.1f} kept free)"
+    table = Table(title=title, **_NARROW)
     columns = (
         "rank",
         "params",
@@ -49,8 +53,9 @@ def _memory_table(plan: Plan) -> Table:
             str(rank),
             big(memory.parameters),
             *(f"{part / GIB:.2f}" for part in (memory.weights, memory.gradients, memory.optimizer)),
+            f"{memory.activations / GIB:.2f}",
             str(memory.visits_in_flight),
-            *(f"{part / GIB:.2f}" for part in (memory.activations, memory.head, memory.working)),
+            *(f"{part / GIB:.2f}" for part in (memory.head, memory.working)),
             f"{memory.peak / GIB:.2f}" + ("" if fits else " [red]too much[/]"),
         )
     return table
@@ -61,12 +66,15 @@ def _time_table(plan: Plan) -> Table:
     for name in ("part", "share"):
         table.add_column(name, justify="right" if name == "share" else "left")
     for name, share in plan.shares().items():
-        table.add_row(name, f"{share:.1%}")
-    traffic = plan.traffic
-    inside, outside = max(t.in_node for t in traffic), max(t.between_nodes for t in traffic)
-    table.add_section()
-    table.add_row("sent by a GPU inside its node", f"{inside / 1e9:.2f} GB")
-    table.add_row("sent by a GPU between nodes", f"{outside / 1e9:.2f} GB")
+        if share > 0:
+            table.add_row(name, f"{share:.1%}")
+    for where, in_node in (("inside its node", True), ("between nodes", False)):
+        parts = [traffic.by_purpose(in_node=in_node) for traffic in plan.traffic]
+        most = max(parts, key=lambda amounts: sum(amounts.values()))
+        table.add_section()
+        table.add_row(f"sent by a GPU {where}", f"{sum(most.values()) / 1e9:.2f} GB")
+        for name, amount in most.items():
+            table.add_row(f"  {name}", f"{amount / 1e9:.2f} GB")
     return table
 
 
@@ -74,21 +82,28 @@ def _speed_line(plan: Plan) -> str:
     return (
         f"{plan.flops_per_token / 1e9:.1f} GFLOP a token, bubble {plan.bubble:.1%}, "
         f"[bold]{big(plan.tokens_per_second)} tokens/s, MFU {plan.mfu:.1%}[/]; "
-        f"{big(plan.total_tokens)} tokens take {duration(plan.days * 86_400)}, {big(plan.gpu_hours)} GPU-hours."
+        f"{_length(plan)}."
     )
+
+
+def _length(plan: Plan) -> str:
+    if plan.total_tokens is None or plan.days is None or plan.gpu_hours is None:
+        return "how long the stage takes depends on data.train, which was not read: budget.epochs counts its tokens"
+    return f"{big(plan.total_tokens)} tokens take {duration(plan.days * 86_400)}, {big(plan.gpu_hours)} GPU-hours"
 
 
 def show_search(plans: list[Plan], console: Console, rows: int) -> None:
     """Prints the best layouts, fastest first; batch is sequences a microbatch, m microbatches, red does not fit."""
     fitting = sum(plan.fits for plan in plans)
-    table = Table(title=f"{len(plans)} layouts can run, {fitting} fit into memory; the first {min(rows, len(plans))}")
-    for name in ("TP", "PP", "DP", "batch", "m", "recompute", "s/step", "tok/s", "MFU", "bubble", "GiB", "days"):
-        table.add_column(name, justify="left" if name == "recompute" else "right")
+    title = f"{len(plans)} layouts can run, {fitting} fit into memory; the first {min(rows, len(plans))}"
+    table = Table(title=title, **_NARROW)
+    for name in ("TP·CP·PP·DP", "batch", "m", "recompute", "s/step", "tok/s", "MFU", "bubble", "GiB", "days"):
+        table.add_column(name, justify="left" if name == "recompute" else "right", no_wrap=True)
     for plan in plans[:rows]:
         layout = plan.layout
         memory = f"{plan.peak_bytes / GIB:.1f}" if plan.fits else f"[red]{plan.peak_bytes / GIB:.1f}![/]"
         table.add_row(
-            *(str(number) for number in (layout.tensor, layout.pipeline, layout.data)),
+            "·".join(str(size) for size in (layout.tensor, layout.context, layout.pipeline, layout.data)),
             str(layout.microbatch),
             str(layout.microbatches),
             layout.recompute,
@@ -97,13 +112,13 @@ def show_search(plans: list[Plan], console: Console, rows: int) -> None:
             f"{plan.mfu:.1%}",
             f"{plan.bubble:.1%}",
             memory,
-            f"{plan.days:.1f}",
+            "" if plan.days is None else f"{plan.days:.1f}",
         )
     console.print(table)
     if fitting:
         best = plans[0].layout
         console.print(
-            f"Best: parallel.tensor={best.tensor} parallel.pipeline={best.pipeline} "
+            f"Best: parallel.tensor={best.tensor} parallel.context={best.context} parallel.pipeline={best.pipeline} "
             f"parallel.sequence={str(best.sequence_parallel).lower()} batch.microbatch={best.microbatch} "
             f"training.recompute={best.recompute}",
             markup=False,
@@ -119,6 +134,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "gpu": plan.gpu.name,
         "world": layout.world,
         "tensor": layout.tensor,
+        "context": layout.context,
         "pipeline": layout.pipeline,
         "data": layout.data,
         "sequence_parallel": layout.sequence_parallel,

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 from ouro_megatron.errors import OuroError
 from ouro_megatron.planning.schedule import Event, Timeline
-from ouro_megatron.telemetry.depth_colors import depth_hex
+from ouro_megatron.telemetry.depth_colors import depth_hex, depth_rgb, ink_on
 
 
 def draw(timeline: Timeline, loops: int, path: Path, title: str, *, seconds: float | None = None) -> None:
@@ -41,8 +41,8 @@ def draw(timeline: Timeline, loops: int, path: Path, title: str, *, seconds: flo
             alpha=0.75 if backward else 1.0,
         )
         if width > end / 90:
-            label = str(event.task.microbatch + 1)
-            axes.text(event.start + width / 2, event.rank, label, ha="center", va="center", fontsize=6)
+            label, ink = str(event.task.microbatch + 1), ink_on(depth_rgb(event.task.loop + 1, loops))
+            axes.text(event.start + width / 2, event.rank, label, ha="center", va="center", fontsize=6, color=ink)
     axes.set_yticks(range(timeline.pipeline), [f"rank {rank}" for rank in range(timeline.pipeline)])
     axes.invert_yaxis()
     axes.set_xlim(0, end)

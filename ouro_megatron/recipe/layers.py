@@ -1,6 +1,6 @@
 """Which layers each pipeline rank holds. Pure arithmetic on the model's shape."""
 
-from ouro_megatron.recipe.schema import ModelSection
+from ouro_megatron.recipe.schema import Fp8Section, ModelSection
 
 
 def relative_costs(model: ModelSection, sequence_length: int) -> tuple[float, float]:
@@ -28,3 +28,10 @@ def balanced_layers(model: ModelSection, pipeline: int, sequence_length: int = 0
         counts[rank] += 1
         load[rank] += layer
     return counts
+
+
+def fp8_layers(model: ModelSection, fp8: Fp8Section | None) -> range:
+    """The model's layers, counted from 0 over all pipeline ranks, whose products run in FP8 on every visit."""
+    if fp8 is None:
+        return range(0)
+    return range(fp8.first_layers_bf16, model.layers - fp8.last_layers_bf16)

@@ -93,8 +93,9 @@ class DataSection(Section):
 
 
 class ObjectiveSection(Section):
-    kind: Literal["expected_loss", "gate"] = "expected_loss"
-    """`expected_loss`: stage I, all weights learn. `gate`: stage II, only the exit gate learns."""
+    kind: Literal["expected_loss", "last_loop", "gate"] = "expected_loss"
+    """`expected_loss`: stage I, all weights learn. `last_loop`: plain cross-entropy after loop T; the gate is left
+    alone. `gate`: stage II, only the exit gate learns."""
     prior: Literal["uniform", "geometric"] = "uniform"
     beta: Annotated[float, Field(ge=0.0)] = 0.1
     """Weight of the entropy (uniform prior) or KL (geometric prior) term."""
@@ -157,6 +158,8 @@ class BudgetSection(Section):
 class ParallelSection(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
+    context: PositiveInt = 1
+    """Context-parallel size: ranks that share one sample's tokens, for sequences whose activations fill one GPU."""
     sequence: bool = False
     """Sequence parallelism inside the tensor-parallel group."""
     layers: list[PositiveInt] | None = None
@@ -167,15 +170,15 @@ class ParallelSection(Section):
     """Reduce gradients while backward still runs and gather weights while the next forward does, over the data-parallel
     group. The gate stage and one-loop models have nothing to hide and ignore it."""
     timeout_seconds: PositiveFloat = 600.0
-    """A collective that waits longer ends the job with a message."""
+    """The longest wait for another rank; then the job ends with a message that names it."""
 
 
 class Fp8Section(Section):
     """Matrix products of the layers in 8-bit floats; loss head, gate, norms and attention stay as `compute` says."""
 
     recipe: Literal["current", "blockwise", "delayed", "mxfp8"] = "current"
-    """How tensors are scaled: `current` by their own maximum, `blockwise` in tiles of 1 x 128 and 128 x 128, `delayed` by
-    the maxima of earlier visits (of all loops together), `mxfp8` in blocks of 32 (Blackwell)."""
+    """How tensors are scaled: `current` by their own maximum, `blockwise` in tiles of 1 x 128 and 128 x 128 (Hopper),
+    `delayed` by the maxima of earlier visits (of all loops together), `mxfp8` in blocks of 32 (Blackwell)."""
     first_layers_bf16: Annotated[int, Field(ge=0)] = 0
     """The model's first layers, of `model.layers`, that stay in bf16, on every visit."""
     last_layers_bf16: Annotated[int, Field(ge=0)] = 0
@@ -282,6 +285,9 @@ class LoggingSection(Section):
     every: PositiveInt = 1
     """Steps between lines."""
     wandb: WandbSection = WandbSection()
+    timeline_step: PositiveInt | None = None
+    """Draw when each pipeline rank ran which task in this step: timeline.png and timeline.json (a Chrome trace) in the
+    run folder."""
     tensorboard: bool = False
     """Also write TensorBoard event files; needs the `tensorboard` extra."""
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from ouro_megatron.errors import RecipeError
+from ouro_megatron.recipe.fp8 import check_fp8
 from ouro_megatron.recipe.layers import balanced_layers
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import ModelSection, Recipe
@@ -16,7 +17,9 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     With `world_size`, the number of ranks, the layout and the batch are checked against it. No file is touched.
     """
     problems = [*_model(recipe.model), *_layout(recipe, world_size), *_sequence(recipe), *_packing(recipe)]
+    problems += _context(recipe)
     problems += _objective(recipe)
+    problems += check_fp8(recipe)
     problems += _health(recipe)
     batch_problems = list(_batch(recipe, world_size))
     problems += [*batch_problems, *_data(recipe)]
@@ -30,13 +33,18 @@ def data_parallel_size(recipe: Recipe, world_size: int | None) -> int:
     """Data-parallel ranks: from the world size, else `parallel.data`, else 1."""
     parallel = recipe.parallel
     if world_size is not None:
-        return max(1, world_size // (parallel.tensor * parallel.pipeline))
+        return max(1, world_size // ranks_of_a_sample(recipe))
     return parallel.data or 1
 
 
 def ranks_needed(recipe: Recipe) -> int:
     """The smallest number of ranks the recipe can run on."""
-    return recipe.parallel.tensor * recipe.parallel.pipeline * (recipe.parallel.data or 1)
+    return ranks_of_a_sample(recipe) * (recipe.parallel.data or 1)
+
+
+def ranks_of_a_sample(recipe: Recipe) -> int:
+    """Ranks that work on the same samples."""
+    return recipe.parallel.tensor * recipe.parallel.context * recipe.parallel.pipeline
 
 
 def _model(model: ModelSection) -> Iterator[str]:
@@ -79,15 +87,37 @@ def _layout(recipe: Recipe, world_size: int | None) -> Iterator[str]:
         yield "model.implementation=transformer_engine needs CUDA, but training.device=cpu; use `local`"
     if world_size is None:
         return
-    unit = tensor * pipeline
+    unit = ranks_of_a_sample(recipe)
+    sizes = f"parallel.tensor={tensor} x parallel.pipeline={pipeline}"
+    if parallel.context > 1:
+        sizes += f" x parallel.context={parallel.context}"
     if world_size % unit:
-        yield (
-            f"{world_size} ranks are not a multiple of parallel.tensor={tensor} x parallel.pipeline={pipeline} = {unit}"
-        )
+        yield f"{world_size} ranks are not a multiple of {sizes} = {unit}"
     elif parallel.data is not None and world_size != unit * parallel.data:
+        yield f"{world_size} ranks, but {sizes} x parallel.data={parallel.data} = {unit * parallel.data}"
+
+
+def _context(recipe: Recipe) -> Iterator[str]:
+    """What cutting sequences over ranks needs: two equal slices a rank, each whole under sequence parallelism."""
+    parallel, length, size = recipe.parallel, recipe.data.sequence_length, recipe.parallel.context
+    if size == 1:
+        return
+    if length % (2 * size):
+        fits = [number for number in range(1, size) if number == 1 or length % (2 * number) == 0]
         yield (
-            f"{world_size} ranks, but parallel.tensor={tensor} x parallel.pipeline={pipeline} x parallel.data="
-            f"{parallel.data} = {unit * parallel.data}"
+            f"data.sequence_length={length} is not a multiple of 2 x parallel.context={size}: each rank holds two "
+            f"slices of a sequence; parallel.context={fits[-1]} would fit"
+        )
+    elif parallel.sequence and (length // size) % parallel.tensor:
+        yield (
+            f"data.sequence_length={length} over parallel.context={size} ranks leaves {length // size} tokens, not a "
+            f"multiple of parallel.tensor={parallel.tensor}, which parallel.sequence=true needs"
+        )
+    if recipe.model.implementation == "transformer_engine" and recipe.data.masks_documents:
+        yield (
+            f"parallel.context={size} with model.implementation=transformer_engine cannot keep documents apart: it "
+            "cuts each document over the ranks, here each sequence is cut; set model.implementation=local, "
+            "data.document_mask=false or parallel.context=1"
         )
 
 
@@ -99,7 +129,7 @@ def slowest_wavelength(model: ModelSection) -> float:
 
 def _sequence(recipe: Recipe) -> Iterator[str]:
     model, length = recipe.model, recipe.data.sequence_length
-    if recipe.parallel.sequence and length % recipe.parallel.tensor:
+    if recipe.parallel.context == 1 and recipe.parallel.sequence and length % recipe.parallel.tensor:
         yield (
             f"data.sequence_length={length} is not a multiple of parallel.tensor={recipe.parallel.tensor}, "
             "which parallel.sequence=true needs"

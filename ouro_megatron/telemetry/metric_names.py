@@ -24,6 +24,11 @@ def metrics_of(record: Record) -> dict[str, float]:
             **{f"data/source_share/{name}": share for name, share in record.source_share.items()},
             **{f"system/{name}": value for name, value in record.system.items()},
         }
+        if record.ranks is not None:
+            values["perf/rank_seconds_min"] = record.ranks.fastest_seconds
+            values["perf/rank_seconds_max"] = record.ranks.slowest_seconds
+            values["perf/slowest_rank"] = record.ranks.slowest_rank
+            values["perf/straggler_ratio"] = record.ranks.straggler_ratio
         if record.mfu is not None:
             values["perf/mfu"] = record.mfu
         return values

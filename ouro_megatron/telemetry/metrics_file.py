@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ouro_megatron.errors import MetricsError
-from ouro_megatron.telemetry.records import EvalRecord, EventRecord, LoopStats, Record, StepRecord
+from ouro_megatron.telemetry.records import EvalRecord, EventRecord, LoopStats, RankSpread, Record, StepRecord
 from ouro_megatron.telemetry.sink import Notify, RunInfo
 
 METRICS_NAME = "metrics.jsonl"
@@ -69,6 +69,8 @@ def from_line(line: str | bytes) -> Record:
         values["loops"] = LoopStats(**values["loops"]) if isinstance(values.get("loops"), dict) else None
         if values["loops"] is None:
             raise ValueError("a record without 'loops'")
+        if isinstance(values.get("ranks"), dict):
+            values["ranks"] = RankSpread(**values["ranks"])
     try:
         return record_type(**values)
     except TypeError as error:

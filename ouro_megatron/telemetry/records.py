@@ -17,6 +17,24 @@ class LoopStats:
 
 
 @dataclass(frozen=True)
+class RankSpread:
+    """Seconds that ranks spent in one step reading data and in forward and backward tasks, waiting left out.
+
+    Tensor-parallel ranks wait for each other inside a task: they all show the slowest one's time.
+    """
+
+    fastest_seconds: float
+    slowest_seconds: float
+    slowest_rank: int
+    straggler_rank: int
+    """Whose time is the largest multiple of the fastest rank's at the same pipeline position."""
+    straggler_ratio: float
+    """That multiple; 1 where no two ranks share a position."""
+    straggler_excess: float
+    """The same as a difference in seconds."""
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One optimizer step."""
 
@@ -46,6 +64,8 @@ class StepRecord:
     """Returns to an earlier checkpoint in this stage so far."""
     source_share: dict[str, float] = field(default_factory=dict)
     """Share of the tokens of this stage so far by source of the blend; adds up to 1."""
+    ranks: RankSpread | None = None
+    """None for a single rank."""
     system: dict[str, float] = field(default_factory=dict)
     """Rank 0's machine; see telemetry/system.py."""
 

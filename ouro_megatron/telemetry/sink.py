@@ -89,6 +89,11 @@ class Sinks:
         """An event at the current step, for example ("warning", "..."); "warning" is shown as one."""
         self.write(EventRecord(step=self._step, name=name, message=message))
 
+    def last_words(self, message: str) -> None:
+        """Leaves a failure in the first sink, the file, from a process that is about to end without closing them."""
+        if self._open:
+            self._open[0].write(EventRecord(step=self._step, name="failure", message=message))
+
     def close(self, summary: str | None = None) -> None:
         """Closes all; a second call does nothing. `summary` is shown as the run's last words."""
         while self._open:

@@ -69,6 +69,7 @@ class Records:
                 skipped_steps=trainer.progress.skipped_steps,
                 skip_reason=outcome.result.skip_reason,
                 rollbacks=len(self._rollbacks.entries),
+                ranks=trainer.spread,
                 source_share=self._source_share(trainer, outcome.after.consumed_samples),
                 system=system_numbers(trainer.recipe.run_folder, trainer.context.platform.memory_in_use()),
             )
@@ -113,7 +114,9 @@ class Evaluation:
     def _evaluate(self, trainer: Trainer, reader: MicrobatchReader) -> None:
         samples = trainer.plan.at(0).samples
         batches = trainer.recipe.evaluation.batches
-        means = evaluate_batches(trainer, reader, samples, batches, self._stopping)
+        means = None
+        if not trainer.stop_requested:
+            means = evaluate_batches(trainer, reader, samples, batches, self._stopping)
         trainer.progress.pending_evaluation = means is None
         if self._sinks is not None and means is not None:
             after = trainer.plan.at(trainer.progress.step)

@@ -1,7 +1,8 @@
 """Model, gradients and optimizer of one rank: one training step, one evaluation pass."""
 
+import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from torch import Tensor
 
+from ouro_megatron.model.context_attention import ContextPart
 from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.looplm import LoopLM
 from ouro_megatron.objective.head import HeadGroup
@@ -19,12 +21,16 @@ from ouro_megatron.objective.losses import LoopMeans, LoopSums
 from ouro_megatron.parallel.context import ParallelContext
 from ouro_megatron.parallel.loop_pipeline import JoinLoopGradient, LoopPipeline, LoopView
 from ouro_megatron.parallel.position import Position
+from ouro_megatron.parallel.schedule_clock import ScheduleClock, TaskTime
 from ouro_megatron.recipe.schema import ObjectiveSection, OptimizerSection
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One data-parallel rank's share of one forward pass, on the device."""
+    """One data-parallel rank's share of one forward pass, on the device: whole sequences.
+
+    The engine takes a context-parallel rank's tokens out of it.
+    """
 
     tokens_bs: Tensor
     labels_bs: Tensor
@@ -32,12 +38,48 @@ class Microbatch:
     documents: DocumentBounds | None = None
     """Bounds of documents that must not see each other; None: each row is one."""
 
+    def part(self, context: ParallelContext, rows_part: ContextPart | None) -> "OwnTokens":
+        """What `context`'s rank computes on; `rows_part` where each row is one document."""
+        documents: DocumentBounds | ContextPart | None = self.documents
+        rows, length = self.tokens_bs.shape
+        if context.context_size > 1:
+            documents = rows_part
+            if self.documents is not None:
+                documents = context_part(self.documents.lengths, rows, length, context)
+        return OwnTokens(
+            context.own_tokens(self.tokens_bs),
+            context.own_tokens(self.labels_bs),
+            context.own_tokens(self.mask_bs),
+            length,
+            documents,
+            packed=self.documents is not None,
+        )
+
     @classmethod
     def of(cls, batch: dict[str, Tensor]) -> "Microbatch":
         """From what a MicrobatchReader yields."""
         tokens_bs = batch["tokens_bs"]
         documents = DocumentBounds.of_batch(batch, tokens_bs.device)
         return cls(tokens_bs, batch["labels_bs"], batch["loss_mask_bs"], documents)
+
+
+def context_part(documents: Sequence[int], rows: int, length: int, context: ParallelContext) -> ContextPart:
+    """`context`'s rank's part of rows that hold documents of these lengths."""
+    return ContextPart.of(documents, rows, length, context.context_rank, context.context_size, context.device)
+
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """A rank's tokens of one microbatch: all, or under context parallelism [b, s / context_size] of them."""
+
+    tokens_bs: Tensor
+    labels_bs: Tensor
+    mask_bs: Tensor
+    length: int
+    """Tokens of a whole sequence."""
+    documents: DocumentBounds | ContextPart | None
+    packed: bool
+    """Whether rows hold several documents."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +125,11 @@ class Engine:
         self.keep_whole_gradients = False
         """Leave every data-parallel rank with all reduced gradients, not only its optimizer shard: to inspect them."""
         # Nothing to hide in the gate stage, whose backward runs inside forward, nor with one loop, which uses no gate.
-        self.overlap = overlap and objective.kind == "expected_loss" and loops > 1 and context.data_size > 1
-        if objective.kind == "gate":
+        # With `last_loop` no gate is used and the head is used once: Megatron would wait for gradients that never come.
+        self.overlap = overlap and objective.kind == "expected_loss" and loops > 1 and context.replicas > 1
+        if objective.kind != "expected_loss":
             for name, parameter in lm.named_parameters():
-                parameter.requires_grad_(name.startswith("exit_gate."))
+                parameter.requires_grad_(name.startswith("exit_gate.") == (objective.kind == "gate"))
         with context.platform.megatron_calls():
             self.ddp = DistributedDataParallel(
                 config=lm.config,
@@ -96,12 +139,14 @@ class Engine:
                     overlap_grad_reduce=self.overlap,
                     overlap_param_gather=self.overlap,
                     bucket_size=bucket_parameters,
+                    fp8_param_gather=lm.config.fp8_param,
                 ),
                 module=lm,
                 pg_collection=context.groups,
             )
-            self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm.dtype) if optimizer else None
+            self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm) if optimizer else None
         self.pipeline = self._new_pipeline(loops)
+        self._clock = ScheduleClock(context.device)
 
     def _new_pipeline(self, loops: int) -> LoopPipeline:
         return LoopPipeline(self.lm.config, self.context, loops, self.ddp.no_sync if self.overlap else None)
@@ -143,21 +188,35 @@ class Engine:
         """Makes the optimizer's fp32 copies follow weights that were filled after this engine was built."""
         with self.context.platform.megatron_calls():
             self.optimizer.reload_model_params()
+        self.lm.weights_changed()
 
     def train_step(self, batches: list[Microbatch], lr: float, judge: Judge | None = None) -> StepResult:
-        """One optimizer step over this rank's microbatches. All ranks call it together."""
-        return self.update(self.accumulate(batches), lr, judge)
+        """One optimizer step over this rank's microbatches. All ranks call it together.
+
+        Python's cyclic garbage collector waits for its end: it would walk millions of objects while a GPU has nothing
+        to do, and on each rank at another moment.
+        """
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return self.update(self.accumulate(batches), lr, judge)
+        finally:
+            if collects:
+                gc.enable()
 
     def accumulate(self, batches: list[Microbatch]) -> LoopMeans:
         """Fresh reduced gradients in each parameter's `main_grad`; returns the global means. All ranks call it.
 
         Gradients are of the objective summed over tokens, divided once by the global number of counted tokens.
         """
-        self.position.phase = "forward and backward"
+        self.position.enter("forward and backward")
         self.ddp.train()
         self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        means = self._run(batches, training=True).means()
+        self._spare_placeholders()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        self._clock = ScheduleClock(self.context.device, self.position)
+        means = self._run(batches, training=True, clock=self._clock).means()
         self._reduce_gradients(means.tokens)
         return means
 
@@ -166,25 +225,36 @@ class Engine:
         first = batches[0].tokens_bs
         self.pipeline.run(
             _LoopedForward(self, self.loops, training=True),
-            batches,
+            self._own_tokens(batches),
             sequence_length=first.shape[1],
             microbatch_size=first.shape[0],
             forward_only=self.objective.kind == "gate",
         )
         finalize_model_grads([self.ddp], None, pg_collection=self.context.groups)
 
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds this rank spent in the last step's forward and backward tasks, not waiting for other pipeline or
+        data-parallel ranks. After `update`, which waits for the GPU in any case.
+        """
+        return self._clock.busy_seconds()
+
+    def tasks(self) -> list[TaskTime]:
+        """When this rank's forward and backward tasks of the last step ran, in order. Waits for the GPU."""
+        return self._clock.times()
+
     def update(self, means: LoopMeans, lr: float, judge: Judge | None = None) -> StepResult:
         """Clips and applies the gradients that `accumulate` left. All ranks call it.
 
         Not when something is not finite, or when `judge` has a reason against it.
         """
-        self.position.phase = "optimizer step"
+        self.position.enter("optimizer step")
         with self.context.platform.megatron_calls():
             return self._update(means, lr, judge)
 
     def evaluate(self, batches: list[Microbatch], loops: int | None = None) -> LoopSums:
         """Sums over all ranks' microbatches without gradients, the same on every rank. All ranks call it together."""
-        self.position.phase = "evaluation"
+        self.position.enter("evaluation")
         self.ddp.eval()
         pipeline = self.pipeline if loops in (None, self.loops) else None
         if pipeline is None:
@@ -198,6 +268,7 @@ class Engine:
         training: bool,
         pipeline: LoopPipeline | None = None,
         loops: int | None = None,
+        clock: ScheduleClock | None = None,
     ) -> LoopSums:
         loops = loops or self.loops
         forward = _LoopedForward(self, loops, training=training)
@@ -206,10 +277,11 @@ class Engine:
         with torch.set_grad_enabled(training and not frozen):
             collected = (pipeline or self.pipeline).run(
                 forward,
-                batches,
+                self._own_tokens(batches),
                 sequence_length=first.shape[1],
                 microbatch_size=first.shape[0],
                 forward_only=frozen or not training,
+                clock=clock or ScheduleClock(self.context.device, self.position),
             )
         sums = LoopSums.zeros(loops, self.context.device)
         for part in collected:
@@ -217,8 +289,28 @@ class Engine:
         vector = self.context.from_last_stage(self.context.sum_over_data(sums.to_tensor()))
         return LoopSums.from_tensor(vector, loops)
 
+    def _own_tokens(self, batches: list[Microbatch]) -> list[OwnTokens]:
+        """This rank's tokens of whole sequences. Every microbatch of a step has the same shape."""
+        context, rows_part = self.context, None
+        if context.context_size > 1 and self.lm.model.implementation == "local":
+            rows, length = batches[0].tokens_bs.shape
+            rows_part = context_part([length] * rows, rows, length, context)
+        return [batch.part(context, rows_part) for batch in batches]
+
+    def _spare_placeholders(self) -> None:
+        """Linears that add to `main_grad` themselves hand autograd a placeholder of the weight's size for Megatron's
+        hook, unless the parameter lacks this mark. Autograd would add the placeholders of all visits up; the hook is
+        only needed where gradients are reduced while backward runs.
+        """
+        if self.overlap or not self.lm.config.gradient_accumulation_fusion:
+            return
+        for parameter in self.lm.decoder.parameters():
+            if parameter.dim() == 2:
+                del parameter.grad_added_to_main_grad
+
     def _reduce_gradients(self, tokens: float) -> None:
         """One gradient reduction for the whole step, then division by the global token count."""
+        self.position.enter("reducing gradients")
         finalize_model_grads(
             [self.ddp], None, pg_collection=self.context.groups, force_all_reduce=self.keep_whole_gradients
         )
@@ -243,11 +335,12 @@ class Engine:
                     if parameter.grad is not None:
                         parameter.grad.mul_(scale)
         self.optimizer.step_with_ready_grads()
+        self.lm.weights_changed()
         return StepResult(means, norm)
 
 
 def _build_optimizer(
-    settings: OptimizerSection, ddp: DistributedDataParallel, context: ParallelContext, dtype: torch.dtype
+    settings: OptimizerSection, ddp: DistributedDataParallel, context: ParallelContext, lm: LoopLM
 ) -> Any:
     config = OptimizerConfig(
         optimizer="adam",
@@ -257,9 +350,10 @@ def _build_optimizer(
         adam_beta2=settings.betas[1],
         adam_eps=settings.eps,
         clip_grad=settings.clip,
-        bf16=dtype == torch.bfloat16,
-        params_dtype=dtype,
+        bf16=lm.dtype == torch.bfloat16,
+        params_dtype=lm.dtype,
         use_distributed_optimizer=True,
+        fp8_recipe=lm.config.fp8_recipe if lm.config.fp8_param else None,
     )
     built = get_megatron_optimizer(
         config,
@@ -285,10 +379,10 @@ class _LoopedForward:
         self._losses: dict[int, LoopLoss] = {}
         self._rotary: Tensor | None = None
 
-    def __call__(self, batches: Iterator[tuple[int, Microbatch]], view: LoopView) -> tuple[Tensor, Any]:
+    def __call__(self, batches: Iterator[tuple[int, OwnTokens]], view: LoopView) -> tuple[Tensor, Any]:
         index, batch = next(batches)
         context, position = self._engine.context, self._engine.position
-        position.microbatch = index
+        position.microbatch = index + 1
         if view.loops.start == 0 and context.is_first_stage:
             h_sbh = self._lm.embed(batch.tokens_bs)
         else:
@@ -310,16 +404,15 @@ class _LoopedForward:
                 loss.backward()
         return loss, partial(_hand_out, tokens=tokens, sums=sums)
 
-    def _angles(self, batch: Microbatch) -> Tensor:
+    def _angles(self, batch: OwnTokens) -> Tensor:
         """RoPE's: those of plain rows are kept for the step, packed documents have their own in each microbatch."""
-        length = batch.tokens_bs.shape[1]
-        if batch.documents is not None:
-            return self._lm.rotary_of(length, batch.documents)
+        if batch.packed:
+            return self._lm.rotary_of(batch.length, batch.documents)
         if self._rotary is None:
-            self._rotary = self._lm.rotary_of(length, None)
+            self._rotary = self._lm.rotary_of(batch.length, None)
         return self._rotary
 
-    def _add_loss(self, index: int, batch: Microbatch, h_sbh: Tensor, *, leaves: bool) -> Tensor:
+    def _add_loss(self, index: int, batch: OwnTokens, h_sbh: Tensor, *, leaves: bool) -> Tensor:
         """Adds this loop's loss. `leaves`: the state goes on to another rank, beyond autograd's reach."""
         if index not in self._losses:
             self._losses[index] = self._new_loss(batch)
@@ -330,7 +423,7 @@ class _LoopedForward:
         self._losses[index].add_loop(leaf_sbh)
         return JoinLoopGradient.apply(h_sbh, leaf_sbh)
 
-    def _new_loss(self, batch: Microbatch) -> LoopLoss:
+    def _new_loss(self, batch: OwnTokens) -> LoopLoss:
         lm, context = self._lm, self._engine.context
         assert lm.output_layer is not None
         head = HeadGroup(context.groups.tp, context.tensor_rank, context.tensor_size, context.sequence_parallel)

@@ -22,16 +22,19 @@ from ouro_megatron.checkpoint.folder import newest, step_of
 from ouro_megatron.checkpoint.state import read_state
 from ouro_megatron.data.complete import complete
 from ouro_megatron.errors import STOPPED_EXIT_CODE, OuroError, TrainingError
+from ouro_megatron.parallel.verdict import is_consequence
 from ouro_megatron.recipe.load import dump_recipe
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.recipe.validate import check_recipe, ranks_needed
-from ouro_megatron.training.signals import STOP_SIGNALS
-from ouro_megatron.training.worker import FAILURE_FOLDER, adopt_slurm_environment, run_worker
+from ouro_megatron.training.failure import FAILURE_FOLDER
+from ouro_megatron.training.signals import STOP_SIGNALS, StopSignals
+from ouro_megatron.training.worker import adopt_slurm_environment, run_worker
 
 _GRACE_SECONDS = 10.0
 """Between the first failure and killing the other ranks: long enough for them to say what they saw."""
-
+_LEAVE_SECONDS = 2.0
+"""The same once a rank has named the one that holds up all others."""
 
 _SIGNAL_HINTS = {
     "SIGKILL": " (out of memory? see dmesg)",
@@ -55,16 +58,18 @@ def train(recipe: Recipe, nproc: int | None) -> int:
     """
     adopt_slurm_environment()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        signals = StopSignals()
+        signals.install()  # before the data's sizes are read: a stop meanwhile is no failure
         check_recipe(recipe, int(os.environ["WORLD_SIZE"]))
         recipe = complete(recipe)
         check_recipe(recipe, int(os.environ["WORLD_SIZE"]))
         with _recipe_file(recipe) as file:
-            return run_worker(file)
+            return run_worker(file, signals)
     ranks = nproc or ranks_needed(recipe)
     check_recipe(recipe, ranks)
     recipe = complete(recipe)
     check_recipe(recipe, ranks)  # the schedule against a budget in epochs
-    if _is_finished(recipe):
+    if is_finished(recipe):
         print(
             f"{recipe.name} is finished: {recipe.run_folder / 'checkpoints'} holds its last step. "
             "Choose another name to train again, or a longer budget.total to go on."
@@ -74,7 +79,8 @@ def train(recipe: Recipe, nproc: int | None) -> int:
         return Ranks(recipe, file, ranks, Path(failures)).run()
 
 
-def _is_finished(recipe: Recipe) -> bool:
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the run folder holds the last step, evaluated. The recipe must be complete (data/complete.py)."""
     found = newest(recipe.run_folder / "checkpoints")
     if found is None or (step_of(found.folder) or 0) != BatchPlan(recipe).total_steps:
         return False
@@ -93,11 +99,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _is_consequence(message: str) -> bool:
-    """Whether a rank only saw that another one was gone or had failed."""
-    return "Connection closed by peer" in message or "another rank failed" in message
 
 
 class RankProcess(Protocol):
@@ -198,6 +199,8 @@ class Ranks:
         first = [rank for rank, process in enumerate(self._processes) if process.poll() not in (None, 0)]
         deadline = time.monotonic() + _GRACE_SECONDS
         while time.monotonic() < deadline and any(process.poll() is None for process in self._processes):
+            if any(report["final"] for report in self._reports().values()):  # what is left is frozen
+                deadline = min(deadline, time.monotonic() + _LEAVE_SECONDS)
             time.sleep(0.05)
         self._kill()
         raise self._explain(first)
@@ -210,12 +213,14 @@ class Ranks:
             if rank not in reports and code < 0:
                 name = signal.Signals(-code).name
                 hint = _SIGNAL_HINTS.get(name, "")
+                seen = [report["last_seen"].get(str(rank)) for report in reports.values()]
+                where = next((f" in {place}" for place in seen if place), "")
                 return LaunchedFailure(
-                    f"rank {rank} was ended by {name}{hint}; the run was stopped. "
+                    f"rank {rank} was ended by {name}{hint}{where}; the run was stopped. "
                     "Start it again to go on from its last checkpoint",
                     TrainingError.exit_code,
                 )
-        causes = [rank for rank in sorted(reports) if not _is_consequence(reports[rank]["message"])]
+        causes = [rank for rank in sorted(reports) if not is_consequence(reports[rank]["message"])]
         rank = next((rank for rank in first if rank in causes), None) or next(iter(causes or sorted(reports)), first[0])
         report = reports.get(rank)
         if report is None:

@@ -22,9 +22,11 @@ from ouro_megatron.data.ranks import from_rank_zero
 from ouro_megatron.data.sampler import GlobalBatchSampler, MicrobatchReader
 from ouro_megatron.data.tokenizer import TextTokenizer, load_tokenizer
 from ouro_megatron.errors import TrainingError
+from ouro_megatron.model.fused import fused_pieces
 from ouro_megatron.model.looplm import LoopLM, initialise
 from ouro_megatron.parallel.context import ParallelContext, context_for
 from ouro_megatron.parallel.position import Position
+from ouro_megatron.parallel.watchdog import Watchdog
 from ouro_megatron.planning.flops import flops_per_token, parameter_counts, peak_flops
 from ouro_megatron.recipe.layers import balanced_layers
 from ouro_megatron.recipe.load import dump_recipe
@@ -39,27 +41,36 @@ from ouro_megatron.training.checkpoints import Checkpoints
 from ouro_megatron.training.consistency import Consistency
 from ouro_megatron.training.data_stream import DataStream
 from ouro_megatron.training.engine import Engine
+from ouro_megatron.training.failure import report
 from ouro_megatron.training.health import Health
 from ouro_megatron.training.progress import Progress, health_values
 from ouro_megatron.training.rollback import Rollback, Rollbacks, forget_ledger, known_rollbacks, left_out
 from ouro_megatron.training.signals import StopSignals
 from ouro_megatron.training.spikes import SpikeGuard
+from ouro_megatron.training.spread import Stragglers
 from ouro_megatron.training.start import Start, verified_start
 from ouro_megatron.training.stopping import Stopping
+from ouro_megatron.training.timelines import Timelines
 from ouro_megatron.training.trainer import Trainer, naming_the_place
 
 
 def run_stage(recipe: Recipe, signals: StopSignals) -> bool:
     """Trains the stage to its end (True) or to a stop signal (False), resuming where the run folder left off.
 
-    Raises an OuroError for everything a user can act on; the process must end then, other ranks wait for it.
+    Raises an OuroError for everything a user can act on; the process must end then, other ranks wait for it. When
+    another rank stalls, one of them says why and this process ends without returning.
     """
     check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     context = context_for(recipe)
     try:
         lock = _lock(recipe.run_folder) if context.rank == 0 else None
+        position = Position(stage=recipe.name)
         try:
-            return _run(recipe, context, signals)
+            with (
+                Watchdog(context, position, recipe.parallel.timeout_seconds, report) as watchdog,
+                watchdog.explaining(),
+            ):
+                return _run(recipe, context, signals, position, watchdog)
         finally:
             if lock is not None:
                 os.close(lock)
@@ -67,11 +78,13 @@ def run_stage(recipe: Recipe, signals: StopSignals) -> bool:
         context.close()
 
 
-def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool:
-    position = Position(stage=recipe.name)
+def _run(
+    recipe: Recipe, context: ParallelContext, signals: StopSignals, position: Position, watchdog: Watchdog
+) -> bool:
     plan = BatchPlan(recipe)
     position.phase = "choosing where to start"
     start = verified_start(recipe, plan, context)
+    position.phase = "opening the data"
     tokenizer = load_tokenizer(recipe.data.tokenizer, model_vocab=recipe.model.vocab)
     fingerprint = from_rank_zero(lambda: _fingerprint(recipe, tokenizer))
     rollbacks = from_rank_zero(lambda: _rollbacks(recipe, start))
@@ -85,6 +98,7 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
     if recipe.data.validation:
         samples = plan.at(0).samples * recipe.evaluation.batches
         held_out = _reader(recipe, context, _dataset(recipe, tokenizer, "validation", samples))
+    position.phase = "building the model"
     dtype = torch.bfloat16 if recipe.precision.compute == "bf16" else torch.float32
     layers = recipe.parallel.layers or balanced_layers(recipe.model, context.pipeline_size, recipe.data.sequence_length)
     lm = LoopLM(
@@ -94,6 +108,7 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
         recompute=recipe.training.recompute,
         recompute_loops=recipe.training.recompute_loops,
         layers_by_rank=layers,
+        fp8=recipe.precision.fp8,
     )
     if start.folder is None:
         initialise(lm, recipe.training.seed)
@@ -114,8 +129,9 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
             progress, history = _load(recipe, engine, start, guard, fingerprint)
         else:
             engine.adopt_weights()
-    with _sinks(recipe, context, plan, progress, start, history) as sinks:
+    with _sinks(recipe, context, plan, progress, start, history) as sinks, watchdog.explaining():
         if sinks is not None:
+            watchdog.last_words = sinks.last_words
             for name, report in data.packing().items():
                 sinks.notify("packing", f"{name}: {report.describe(recipe.data.long_documents)}")
         returns = Rollbacks(
@@ -136,10 +152,12 @@ def _run(recipe: Recipe, context: ParallelContext, signals: StopSignals) -> bool
             plan,
             progress,
             [
+                stopping,
                 Records(sinks, partial(_flops, recipe), _peak(recipe, context), returns),
+                Stragglers(sinks),
+                Timelines(recipe.logging.timeline_step, sinks),
                 Health(recipe, sinks, guard, returns, checkpoints.settle, checkpoints.rolled_back),
                 Evaluation(held_out, sinks, stopping),
-                stopping,
                 Consistency(recipe.training.check_every),
                 checkpoints,
             ],
@@ -288,6 +306,8 @@ def _sinks(
     try:
         if start.folder is not None:
             sinks.notify("resume" if start.resumed else "start", f"loaded {start.folder}")
+        if not context.platform.is_cpu:
+            sinks.notify("fused", fused_pieces(recipe.model.implementation, context.device).describe())
         for line in start.handover:
             sinks.notify("handover", line)
         for note in start.notes:

@@ -10,8 +10,9 @@ from ouro_megatron.checkpoint.verify import damage
 from ouro_megatron.data.ranks import from_rank_zero
 from ouro_megatron.errors import CheckpointError, RecipeError
 from ouro_megatron.parallel.context import ParallelContext
+from ouro_megatron.recipe.fp8 import fp8_warning
 from ouro_megatron.recipe.load import difference
-from ouro_megatron.recipe.schedule import BatchPlan
+from ouro_megatron.recipe.schedule import BatchPlan, LoopPlan
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.training.handover import handover
 from ouro_megatron.training.rollback import drop_abandoned
@@ -61,12 +62,15 @@ def find_start(recipe: Recipe, plan: BatchPlan, damaged: Mapping[Path, str] | No
     root = recipe.run_folder / "checkpoints"
     notes = [f"removed {folder}, left by an interrupted save" for folder in remove_incomplete(root)]
     notes += [f"removed {folder}, which a rollback had left behind" for folder in drop_abandoned(recipe.run_folder)]
+    warning = fp8_warning(recipe)
+    notes += [warning] if warning else []
     own, lost = _own(root, damaged or {})
     notes += lost
     if own is not None:
         state = read_state(own)
         _check_same_data_position(recipe, plan, state, own)
         before = Recipe.model_validate(state.recipe)
+        _check_same_loops(recipe, before, plan, state, own)
         for path, old, new in difference(before, recipe):
             notes.append(f"recipe changed since step {state.step}: {path}: {old} -> {new}")
         return Start(own, True, tuple(notes), first_sample=state.first_sample)
@@ -118,6 +122,17 @@ def _own(root: Path, damaged: Mapping[Path, str]) -> tuple[Path | None, list[str
             break
         notes.append(f"{folder} is damaged: {problems[folder]}; it is now {set_aside(folder).name}")
     return good, notes
+
+
+def _check_same_loops(recipe: Recipe, before: Recipe, plan: BatchPlan, state: RunState, folder: Path) -> None:
+    """T is what a stage trains: it changes inside one only as the stage's own `training.early_loops` says."""
+    old, new = LoopPlan(before, BatchPlan(before)).at(state.step), LoopPlan(recipe, plan).at(state.step)
+    if (before.model.loops, old) != (recipe.model.loops, new):
+        raise RecipeError(
+            f"model.loops={recipe.model.loops}, {new} of them from step {state.step} on, but {folder} was trained for "
+            f"model.loops={before.model.loops}, {old} of them there. Restore model.loops and training.early_loops, or "
+            f"start a new stage with other loops (another name, init.checkpoint={folder})"
+        )
 
 
 def _check_same_data_position(recipe: Recipe, plan: BatchPlan, state: RunState, folder: Path) -> None:

@@ -10,6 +10,7 @@ from ouro_megatron.errors import TrainingError
 from ouro_megatron.parallel.context import ParallelContext
 from ouro_megatron.recipe.schedule import BatchPlan, BatchPoint, LoopPlan, LRSchedule
 from ouro_megatron.recipe.schema import Recipe
+from ouro_megatron.telemetry.records import RankSpread
 from ouro_megatron.training.data_stream import DataStream
 from ouro_megatron.training.engine import Engine, Judge, StepResult
 from ouro_megatron.training.progress import Progress
@@ -17,13 +18,15 @@ from ouro_megatron.training.progress import Progress
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What callbacks are told after a step. The same on every rank, except `seconds`."""
+    """What callbacks are told after a step. The same on every rank, except the seconds."""
 
     before: BatchPoint
     after: BatchPoint
     result: StepResult
     lr: float
     seconds: float
+    busy_seconds: float
+    """This rank's part of `seconds` that was not waiting for other pipeline or data-parallel ranks."""
 
 
 class Callback(Protocol):
@@ -55,6 +58,8 @@ class Trainer:
         self.plan = plan
         self.progress = progress
         self.stop_requested = False
+        self.spread: RankSpread | None = None
+        """Of the last step over all ranks; None for a single one."""
         self.data = data
         self._judge = judge
         self._lr = LRSchedule(recipe, plan)
@@ -93,8 +98,9 @@ class Trainer:
         before = self.plan.at(progress.step)
         self.engine.set_loops(self._loops.at(progress.step))
         position.step = progress.step + 1
-        position.phase = "reading data"
+        position.enter("reading data")
         batches = self.data.step(before)
+        read = time.perf_counter() - started
         lr = self._lr.at(progress.step)
         result = self.engine.train_step(batches, lr, self._judge)
         seconds = time.perf_counter() - started
@@ -106,7 +112,8 @@ class Trainer:
         else:
             progress.optimizer_steps += 1
             progress.skipped_in_a_row = 0
-        return StepOutcome(before, self.plan.at(progress.step), result, lr, seconds)
+        busy = read + self.engine.busy_seconds
+        return StepOutcome(before, self.plan.at(progress.step), result, lr, seconds, busy)
 
 
 @contextmanager

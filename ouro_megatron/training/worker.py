@@ -4,19 +4,16 @@ Nothing heavy is imported before the stop signals are in place: a TERM during st
 """
 
 import ctypes
-import json
 import os
 import signal
 import sys
-import traceback
 import warnings
 from pathlib import Path
 
-from ouro_megatron.errors import STOPPED_EXIT_CODE, OuroError
+from ouro_megatron.errors import STOPPED_EXIT_CODE, OuroError, TrainingError
+from ouro_megatron.training.failure import FAILURE_FOLDER, report
 from ouro_megatron.training.signals import StopSignals
 
-FAILURE_FOLDER = "OURO_FAILURE_FOLDER"
-"""Where a rank leaves the reason of its failure for the launcher."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -40,38 +37,30 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _report(error: BaseException) -> None:
-    """Leaves the reason for the launcher; without one, prints it with the rank's number."""
-    expected = isinstance(error, OuroError)
-    rank = os.environ.get("RANK", "0")
-    folder = os.environ.get(FAILURE_FOLDER)
-    message = str(error) if expected else "".join(traceback.format_exception(error))
-    if folder is None:
-        print(f"rank {rank}: error: {message}", file=sys.stderr, flush=True)
-        return
-    code = error.exit_code if isinstance(error, OuroError) else 1
-    partial = Path(folder) / f".{rank}.part"
-    partial.write_text(json.dumps({"message": message, "code": code, "expected": expected}), encoding="utf-8")
-    partial.replace(Path(folder) / f"{rank}.json")
+def run_worker(recipe_file: Path, signals: StopSignals | None = None) -> int:
+    """Trains the stage in `recipe_file` as the rank the environment names; returns the exit code.
 
-
-def run_worker(recipe_file: Path) -> int:
-    """Trains the stage in `recipe_file` as the rank the environment names; returns the exit code."""
-    signals = StopSignals()
-    signals.install()
+    `signals`: those that the caller installed already, early in its own start.
+    """
+    if signals is None:
+        signals = StopSignals()
+        signals.install()
     if FAILURE_FOLDER in os.environ:
         _die_with_parent()
     try:
         adopt_slurm_environment()
         # Megatron-Core warns once per absent optional package and rank; torch about calls that Megatron makes.
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+        # torch prints a C++ stack for each connection that breaks when a rank is gone; who it was is said once.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from ouro_megatron.recipe.load import recipe_from_text
         from ouro_megatron.training.stage import run_stage
 
         recipe = recipe_from_text(recipe_file.read_text(encoding="utf-8"), str(recipe_file))
         return 0 if run_stage(recipe, signals) else STOPPED_EXIT_CODE
     except Exception as error:
-        _report(error)
+        if not (isinstance(error, TrainingError) and error.reported):
+            report(error)
         return error.exit_code if isinstance(error, OuroError) else 1
 
 

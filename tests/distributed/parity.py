@@ -24,13 +24,14 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    context: int = 1
     loops: int = 4
     microbatches: int = 2
     """A data-parallel rank's share of the global batch."""
     sequence_parallel: bool = False
     recompute: Recompute = "none"
     recompute_loops: int | None = None
-    kind: Literal["expected_loss", "gate"] = "expected_loss"
+    kind: Literal["expected_loss", "last_loop", "gate"] = "expected_loss"
     prior: Literal["uniform", "geometric"] = "uniform"
     kv_heads: int = 4
     packed: bool = False
@@ -40,12 +41,13 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     def __str__(self) -> str:
         extras = [
             word
             for word, on in (
+                (f"cp{self.context}", self.context > 1),
                 ("sp", self.sequence_parallel),
                 (f"recompute-{self.recompute}-{self.recompute_loops or 'all'}", self.recompute != "none"),
                 (self.kind, self.kind != "expected_loss"),
@@ -80,6 +82,15 @@ class Differences:
 def model_section(layout: Layout, layers: int = 4) -> ModelSection:
     return ModelSection(
         layers=layers, hidden=32, heads=4, kv_heads=layout.kv_heads, ffn=48, vocab=64, loops=layout.loops
+    )
+
+
+def parallel_section(layout: Layout) -> ParallelSection:
+    return ParallelSection(
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        context=layout.context,
+        sequence=layout.sequence_parallel,
     )
 
 
@@ -154,10 +165,7 @@ def compare(layout: Layout) -> Differences:
 
 def compare_all(layouts: list[Layout]) -> list[Differences]:
     """`compare` for layouts that differ only in what one set of process groups can run one after the other."""
-    first = layouts[0]
-    context = create_context(
-        ParallelSection(tensor=first.tensor, pipeline=first.pipeline, sequence=first.sequence_parallel)
-    )
+    context = create_context(parallel_section(layouts[0]))
     try:
         return [_compare(layout, context) for layout in layouts]
     finally:
@@ -205,9 +213,9 @@ def _step_and_compare(
     lm, context = engine.lm, engine.context
     config = reference.config
     reference.double()  # its own rounding must not blur the comparison
-    if layout.kind == "gate":
+    if layout.kind != "expected_loss":
         for name, parameter in reference.named_parameters():
-            parameter.requires_grad_("early_exit" in name)
+            parameter.requires_grad_(("early_exit" in name) == (layout.kind == "gate"))
     expected = expected_loss(
         layout, reference, whole, ReferenceObjective(kind=layout.kind, prior=layout.prior, eta=0.3)
     )

@@ -30,6 +30,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def preloaded_forkserver() -> Any:
+    """The multiprocessing context whose server has torch and Megatron-Core imported."""
+    context = mp.get_context("forkserver")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """Calls `function(*args)` on `world_size` ranks with RANK, WORLD_SIZE and MASTER_ADDR/PORT set.
 
@@ -37,9 +45,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     in rank order. When a rank raises or dies the others are killed and RankFailure is raised; the same after `timeout`
     seconds.
     """
-    context = mp.get_context("forkserver")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context.set_forkserver_preload(_PRELOAD)
+    context = preloaded_forkserver()
     port = free_port()
     pipes: list[Connection] = []
     processes = []

@@ -7,9 +7,9 @@ import pytest
 
 from ouro_megatron.model.looplm import LoopLM
 from ouro_megatron.parallel.context import create_context
-from ouro_megatron.recipe.schema import ObjectiveSection, OptimizerSection, ParallelSection
+from ouro_megatron.recipe.schema import ObjectiveSection, OptimizerSection
 from ouro_megatron.training.engine import Engine
-from tests.distributed.parity import Layout, batch, fill_reference, load, model_section, share
+from tests.distributed.parity import Layout, batch, fill_reference, load, model_section, parallel_section, share
 from tests.distributed.ranks import run_ranks
 from tests.reference.looplm import ReferenceLoopLM
 from tests.reference.mapping import reference_config, to_megatron
@@ -19,9 +19,7 @@ pytestmark = pytest.mark.distributed
 
 def train(layout: Layout) -> dict[str, Any]:
     """Three steps with and without overlap on the same batches; this rank's weights and losses of both."""
-    context = create_context(
-        ParallelSection(tensor=layout.tensor, pipeline=layout.pipeline, sequence=layout.sequence_parallel)
-    )
+    context = create_context(parallel_section(layout))
     try:
         return {str(overlap): _train(layout, context, overlap) for overlap in (False, True)}
     finally:
@@ -53,7 +51,7 @@ def _train(layout: Layout, context: Any, overlap: bool) -> dict[str, np.ndarray]
         assert len(groups) > 1 or context.pipeline_rank > 0, "one bucket overlaps with nothing"
         weight = lm.decoder.layers[0].mlp.linear_fc1.weight
         counts = next(g.golden_per_param_grad_ready_counts for g in groups if weight in g.params)
-        visits = layout.loops if layout.pipeline > 1 else 3 if layout.recompute == "full" else 1
+        visits = layout.loops if layout.pipeline > 1 or layout.recompute == "full" else 1
         assert counts[weight] == visits
     for name, parameter in lm.named_global_parameters():
         found[name] = parameter.detach().numpy().copy()
@@ -68,6 +66,8 @@ def _train(layout: Layout, context: Any, overlap: bool) -> dict[str, np.ndarray]
         Layout(pipeline=2, data=2, loops=4, microbatches=4),
         Layout(pipeline=2, data=2, loops=2, microbatches=2, recompute="full", recompute_loops=1),
         Layout(tensor=2, data=2, loops=2, sequence_parallel=True),
+        Layout(context=2, loops=4, recompute="full"),
+        Layout(context=2, pipeline=2, loops=2),
     ],
     ids=str,
 )

@@ -47,6 +47,7 @@ def test_matrix(tensor: int, pipeline: int, data: int) -> None:
         for loops, rounds, recompute, kind in itertools.product((1, 2, 4), (1, 2), RECOMPUTE, OBJECTIVES)
         if not (kind == "gate" and loops == 1)
     ]
+    layouts += [replace(base, loops=loops, microbatches=pipeline, kind="last_loop") for loops in (1, 2, 4)]
     for layout, results in zip(layouts, zip(*run_ranks(compare_all, base.ranks, layouts), strict=True), strict=True):
         check(layout, list(results))
 
@@ -64,6 +65,8 @@ OTHERS = [
     Layout(tensor=2, pipeline=2, sequence_parallel=True, recompute="full", kv_heads=2),
     Layout(tensor=2, pipeline=2, kind="gate", sequence_parallel=True),
     Layout(tensor=2, data=2, loops=2, sequence_parallel=True),
+    Layout(tensor=2, sequence_parallel=True, kind="last_loop", recompute="full"),
+    Layout(tensor=2, pipeline=2, sequence_parallel=True, kind="last_loop", microbatches=4),
     Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True),
     Layout(tensor=2, pipeline=4, loops=4, microbatches=8),
     Layout(recompute="selective"),
@@ -96,6 +99,7 @@ def test_packed_documents_are_as_alone(tensor: int, pipeline: int, data: int) ->
         replace(base, loops=4, recompute="full"),
         replace(base, loops=4, recompute="selective"),
         replace(base, kind="gate"),
+        replace(base, loops=2, kind="last_loop"),
     ]
     for layout, results in zip(layouts, zip(*run_ranks(compare_all, base.ranks, layouts), strict=True), strict=True):
         check(layout, list(results))
@@ -111,4 +115,43 @@ PACKED = [
 
 @pytest.mark.parametrize("layout", PACKED, ids=str)
 def test_packed_documents_under_sequence_parallelism(layout: Layout) -> None:
+    check(layout, run_ranks(compare, layout.ranks, layout))
+
+
+CONTEXTS = [(c, t, p, d) for c, t, p, d in itertools.product((2, 4), (1, 2), (1, 2), (1, 2)) if c * t * p * d <= 4]
+
+
+@pytest.mark.parametrize(("context", "tensor", "pipeline", "data"), CONTEXTS, ids=lambda size: str(size))
+def test_context_parallelism(context: int, tensor: int, pipeline: int, data: int) -> None:
+    """Sequences cut over ranks: plain rows and packed documents, grouped heads, recomputation and both objectives."""
+    base = Layout(context=context, tensor=tensor, pipeline=pipeline, data=data, microbatches=2 * pipeline)
+    layouts = [
+        replace(base, loops=1),
+        replace(base, loops=2, kv_heads=2),
+        replace(base, loops=4),
+        replace(base, loops=4, recompute="full"),
+        replace(base, loops=2, recompute="selective", recompute_loops=1),
+        replace(base, kind="gate"),
+        replace(base, loops=1, packed=True),
+        replace(base, loops=2, packed=True, kv_heads=2),
+        replace(base, loops=4, packed=True, recompute="full"),
+        replace(base, packed=True, kind="gate"),
+    ]
+    for layout, results in zip(layouts, zip(*run_ranks(compare_all, base.ranks, layouts), strict=True), strict=True):
+        check(layout, list(results))
+
+
+LARGER_CONTEXTS = [
+    Layout(context=2, tensor=2, sequence_parallel=True),
+    Layout(context=2, tensor=2, sequence_parallel=True, packed=True, recompute="full"),
+    Layout(context=2, tensor=2, pipeline=2, sequence_parallel=True, recompute="full", kv_heads=2),
+    Layout(context=2, tensor=2, pipeline=2, sequence_parallel=True, packed=True, recompute="selective"),
+    Layout(context=2, pipeline=2, data=2, microbatches=4, prior="geometric"),
+    Layout(context=4, pipeline=2, layers=(3, 1), recompute="full", recompute_loops=2),
+    Layout(context=4, tensor=2, sequence_parallel=True, packed=True, loops=2),
+]
+
+
+@pytest.mark.parametrize("layout", LARGER_CONTEXTS, ids=str)
+def test_context_parallelism_with_everything_else(layout: Layout) -> None:
     check(layout, run_ranks(compare, layout.ranks, layout))

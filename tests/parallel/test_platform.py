@@ -11,7 +11,10 @@ from tests.distributed.ranks import run_ranks
 def patched_names() -> list[str]:
     """Names the platform replaces; raises when an upgrade has moved one."""
     import megatron.core.tensor_parallel.random as megatron_random
+    from megatron.core import optimizer, utils
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as base
     from megatron.core.pipeline_parallel import schedules
 
     for module, name in (
@@ -20,6 +23,19 @@ def patched_names() -> list[str]:
         (schedules, "torch"),
         (filesystem_async, "_results_queue"),
         (torch.cuda, "current_device"),
+        (optimizer, "Adam"),
+        (optimizer, "USING_PYTORCH_OPTIMIZER"),
+        (distrib_optimizer, "Adam"),
+        (distrib_optimizer, "HAVE_APEX_OR_TE"),
+        (clip_grads, "l2_norm_impl"),
+        *(
+            (module, name)
+            for module in (clip_grads, base)
+            for name in ("multi_tensor_applier", "multi_tensor_scale_impl")
+        ),
+        (utils, "local_multi_tensor_applier"),
+        (utils, "local_multi_tensor_l2_norm"),
+        (utils, "local_multi_tensor_scale"),
     ):
         assert hasattr(module, name), f"{module.__name__}.{name} has moved"
     platform = choose_platform("cpu")

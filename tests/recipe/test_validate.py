@@ -21,6 +21,8 @@ def check(tmp_path: Path, *overrides: str, ranks: int | None = None) -> None:
 def test_good(tmp_path: Path) -> None:
     check(tmp_path)
     check(tmp_path, "parallel.tensor=2", "parallel.pipeline=2", ranks=8)
+    check(tmp_path, "parallel.context=2", "parallel.tensor=2", "parallel.sequence=true", ranks=8)
+    check(tmp_path, "parallel.context=2", "model.implementation=transformer_engine", ranks=4)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,29 @@ def test_good(tmp_path: Path) -> None:
         (["parallel.tensor=2"], 3, ["3 ranks", "= 2"]),
         (["parallel.data=2"], 4, ["parallel.data=2", "4 ranks"]),
         (["parallel.sequence=true"], None, ["parallel.sequence=true", "parallel.tensor > 1"]),
+        (["parallel.context=2"], 3, ["3 ranks", "parallel.context=2 = 2"]),
+        (["parallel.context=2", "parallel.tensor=2", "parallel.data=2"], 4, ["parallel.data=2 = 8"]),
+        (
+            ["parallel.context=3"],
+            None,
+            ["data.sequence_length=16", "2 x parallel.context=3", "=2 would fit"],
+        ),
+        (["parallel.context=16"], None, ["parallel.context=8 would fit"]),
+        (
+            ["parallel.context=8", "parallel.tensor=4", "parallel.sequence=true"],
+            None,
+            ["leaves 2 tokens", "parallel.tensor=4"],
+        ),
+        (
+            ["model.implementation=transformer_engine", "parallel.context=2", "data.document_mask=true"],
+            None,
+            ["keep documents apart", "model.implementation=local", "data.document_mask=false"],
+        ),
+        (
+            ["precision.fp8={emulate: true}", "parallel.context=2"],
+            None,
+            ["/ parallel.context=2 is 8, not a multiple of 16"],
+        ),
         (["batch.global_tokens=1000"], None, ["batch.global_tokens=1000", "992 or 1008"]),
         (["batch.global_tokens=16", "parallel.pipeline=2"], None, ["groups of that size", "32"]),
         (["batch.ramp=[{after: 2k, global_tokens: 1000}]"], None, ["batch.ramp.0.global_tokens=1000"]),

@@ -76,6 +76,12 @@ def test_batch_changed_in_the_middle(folder: Path, ranks: int) -> None:
     fails(folder, "RecipeError", "samples", ranks=ranks, **sections)
 
 
+def test_loops_changed_at_resume(folder: Path) -> None:
+    fails(folder, "RecipeError", "model.loops=2", "model.loops=3", "init.checkpoint=", name="base", model={"loops": 2})
+    early = {"early_loops": [{"loops": 1, "until": "10 steps"}], "device": "cpu"}
+    fails(folder, "RecipeError", "1 of them from step 8", "training.early_loops", name="base", training=early)
+
+
 def resume(folder: Path) -> list[EventRecord]:
     recipe = train(folder, "1x1", name="base", checkpoint={"every": "4 steps"}, budget={"total": "12 steps"})
     records = read_records(recipe.run_folder / "metrics.jsonl")

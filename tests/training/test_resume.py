@@ -1,5 +1,6 @@
 """Runs that stop and go on: bit-exact at the same layout, to 1e-5 at any other."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2pp2sp": {"tensor": 2, "pipeline": 2, "sequence": True},
     "dp4": {"data": 4},
     "pp2dp2": {"pipeline": 2, "data": 2},
+    "cp2": {"context": 2},
 }
 
 
 def ranks_of(layout: str) -> int:
     sizes = LAYOUTS[layout]
-    return int(sizes.get("tensor", 1) * sizes.get("pipeline", 1) * sizes.get("data", 1))
+    return math.prod(sizes.get(name, 1) for name in ("tensor", "context", "pipeline", "data"))
 
 
 def stage(recipe: Recipe) -> bool:
@@ -72,7 +74,7 @@ def test_same_layout_is_bit_exact(whole: tuple[Path, list[float], float], layout
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [("tp2pp2", "1x1"), ("tp2pp2sp", "dp4"), ("dp4", "tp2pp2"), ("1x1", "pp2dp2")],
+    [("tp2pp2", "1x1"), ("tp2pp2sp", "dp4"), ("dp4", "tp2pp2"), ("1x1", "pp2dp2"), ("cp2", "1x1"), ("1x1", "cp2")],
 )
 def test_other_layout_goes_on_the_same(whole: tuple[Path, list[float], float], first: str, then: str) -> None:
     folder, curve, _ = whole
@@ -116,3 +118,20 @@ def test_gate_stage_trains_the_gate_alone_and_resumes(whole: tuple[Path, list[fl
         "exp_avg.exit_gate.weight",
         "exp_avg.exit_gate.bias",
     }
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "mxfp8"])
+def test_emulated_fp8_goes_on_bit_exactly(whole: tuple[Path, list[float], float], recipe: str) -> None:
+    """On two pipeline ranks; delayed scaling finds its histories again."""
+    folder, _, _ = whole
+    sections: dict[str, Any] = {
+        "model": {"layers": 4, "hidden": 64, "heads": 4, "ffn": 64, "vocab": 128, "loops": 2},
+        "precision": {"compute": "bf16", "fp8": {"recipe": recipe, "emulate": True, "first_layers_bf16": 1}},
+        "batch": {"global_tokens": 256, "microbatch": 2},
+        "schedule": {"warmup": "1 steps"},
+    }
+    short = {"total": "4 steps"}
+    straight = losses(train(folder, "pp2dp2", name=f"straight-{recipe}", budget=short, **sections))
+    train(folder, "pp2dp2", name=f"halves-{recipe}", budget={"total": "2 steps"}, **sections)
+    halves = losses(train(folder, "pp2dp2", name=f"halves-{recipe}", budget=short, **sections))
+    assert halves == straight and len(straight) == 4
