@@ -127,7 +127,8 @@ def test_more_of_each_cure_needs_less_memory(recipe_file: Path) -> None:
     some = peak("training.recompute=full", "training.recompute_loops=2")
     assert full < some < plain and full < selective < plain
     assert peak("parallel.tensor=2", "parallel.sequence=true") < peak("parallel.tensor=2") < plain
-    assert peak("objective.chunk_tokens=256") < plain
+    small = plan_for(load(recipe_file, "objective.chunk_tokens=256"), 8, GPUS["h100"]).memory[0]
+    assert small.head < plan_for(load(recipe_file), 8, GPUS["h100"]).memory[0].head
 
 
 def test_a_layout_that_does_not_fit_says_what_to_change(recipe_file: Path) -> None:
