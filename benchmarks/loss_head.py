@@ -4,7 +4,7 @@
     python -m benchmarks.loss_head --device cuda --dtype bf16 --tokens 8192 --hidden 2048
 
 One problem: states of T loops, one head, sum_t sum_n c_tn CE_tn with its gradients by the states and by the weight,
-added to an fp32 buffer as Megatron keeps it. The coefficients c (exit probabilities) are known, as they are in training.
+added to an fp32 buffer as Megatron keeps it. The coefficients c (exit probabilities) are known, as in training.
 
     ours        one-pass chunked head of this project
     logits      materialised logits and torch's cross_entropy, autograd

@@ -2,11 +2,11 @@
 
     python -m benchmarks.memory                     # CPU ranks: one to four processes a layout
     python -m benchmarks.memory --device cuda       # one GPU: the layouts of one rank, at GPU size
-    python -m benchmarks.memory --only pp2          # the layouts whose name contains "pp2"
+    python -m benchmarks.memory --only pp2 dp2      # the layouts whose name contains "pp2" or "dp2"
     python -m benchmarks.memory --json memory.json  # the table as a file, too
 
 Each rank warms up on a small model, so that libraries have loaded what they load, then notes what it holds, builds the
-model and its optimizer, trains three steps and notes the most it has held: on a CPU the process's resident memory from
+model and its optimizer, trains two steps and notes the most it has held: on a CPU the process's resident memory from
 the kernel (VmHWM, reset before), with every allocation of 64 KiB or more returned to the kernel when it is freed; on a
 GPU what torch's allocator gave out. The plan says `peak`, without the reserve for what no plan counts.
 """
@@ -63,7 +63,7 @@ def layout_on(device: str, **changes: object) -> Layout:
         model=model,
         sequence=4096 if device == "cuda" else 512,
         microbatch=1,
-        microbatches=2,
+        microbatches=1,
         tensor=1,
         pipeline=1,
         data=1,
@@ -73,6 +73,7 @@ def layout_on(device: str, **changes: object) -> Layout:
         recompute_loops=None,
         bytes_per_value=2 if device == "cuda" else 4,
         chunk_tokens=1024 if device == "cuda" else 128,
+        on_gpu=device == "cuda",
     )
     changed = replace(plain, **changes)  # type: ignore[arg-type]
     return replace(changed, layers=changed.layers or tuple(balanced_layers(model, changed.pipeline, changed.sequence)))
@@ -87,13 +88,12 @@ def layouts(device: str) -> dict[str, Layout]:
         "t4-full": layout_on(device, recompute="full"),
         "t4-full-in-2-loops": layout_on(device, recompute="full", recompute_loops=2),
         "t4-grouped-heads": layout_on(device),
-        "t4-gate": layout_on(device, trains_model=False),
     }
     grouped = one["t4-grouped-heads"]
     model = grouped.model.model_copy(update={"kv_heads": grouped.model.heads // 4})
     one["t4-grouped-heads"] = replace(grouped, model=model)
     if device == "cuda":
-        return one
+        return one | {"t4-gate": layout_on(device, trains_model=False)}
     return one | {
         "t4-bf16": layout_on(device, bytes_per_value=2),
         "dp2-t4": layout_on(device, data=2),
@@ -130,7 +130,7 @@ def step_engine(layout: Layout, context: ParallelContext) -> Engine:
     return engine
 
 
-def train(layout: Layout, context: ParallelContext, steps: int = 3) -> None:
+def train(layout: Layout, context: ParallelContext, steps: int = 2) -> None:
     """Builds a model and trains it on random tokens; Adam's moments are there from the end of the first step on."""
     engine = step_engine(layout, context)
     generator = torch.Generator().manual_seed(context.data_rank)
@@ -200,14 +200,15 @@ def parts(memory: RankMemory) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", default="", help="part of the names of the layouts to measure")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="PART", help="parts of the names of the layouts")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     arguments = parser.parse_args()
     # Read by the C library when the ranks' processes start.
     os.environ.update(MALLOC_MMAP_THRESHOLD_=str(64 * 1024), MALLOC_TRIM_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
-    chosen = {name: layout for name, layout in layouts(arguments.device).items() if arguments.only in name}
+    known = layouts(arguments.device)
+    chosen = {name: layout for name, layout in known.items() if any(part in name for part in arguments.only)}
     if not chosen:
-        sys.exit(f"no layout is called {arguments.only!r}; there are {', '.join(layouts(arguments.device))}")
+        sys.exit(f"no layout is called {' or '.join(arguments.only)}; there are {', '.join(known)}")
     table = Table(title=f"peak of a rank on {arguments.device}, MiB")
     for column in ("layout", "pipeline rank", "predicted", "measured", "ratio"):
         table.add_column(column, justify="left" if column == "layout" else "right")

@@ -39,7 +39,7 @@ def attempt(case: Case, context: ParallelContext, arguments: argparse.Namespace)
 
 
 def line(result: dict[str, object], base: float | None) -> str:
-    name = f"{result['case']:26}"
+    name = f"{result['case']:30}"
     if "failed" in result:
         return f"{name} {result['failed']}"
     rate, mfu, peak = (result[key] for key in ("tokens_per_s", "mfu_bf16", "peak_gib"))
@@ -71,7 +71,7 @@ def main() -> None:
     context, begun, base = create_context(ParallelSection(), "cuda"), time.perf_counter(), None
     for case in wanted:
         if time.perf_counter() - begun > arguments.seconds:
-            print(f"{case.name:26} not begun: --seconds {arguments.seconds:g} are over")
+            print(f"{case.name:30} not begun: --seconds {arguments.seconds:g} are over")
             continue
         result = attempt(case, context, arguments)
         rate = result.get("tokens_per_s")

@@ -1,5 +1,7 @@
 """RMSNorm, with the residual addition that follows it in a sandwich layer, in one pass over memory."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -72,7 +74,7 @@ def backward(d_y: Tensor, x: Tensor, weight_h: Tensor, scale: Tensor) -> tuple[T
     d_y, x = d_y.contiguous(), x.contiguous()
     width, rows = x.shape[-1], scale.numel()
     d_x = torch.empty_like(x)
-    programs = min(rows, 4 * _multiprocessors(x))
+    programs = min(rows, 4 * _multiprocessors(x.device))
     d_weight = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
     _backward[(programs,)](
@@ -95,5 +97,6 @@ def _warps(block: int) -> int:
     return max(1, min(16, block // 512))
 
 
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

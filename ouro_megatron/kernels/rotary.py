@@ -80,7 +80,7 @@ def _launch(mixed: Tensor, angles: Tensor, parts: tuple[Tensor, Tensor, Tensor],
 
 
 class SplitRotary(torch.autograd.Function):
-    """mixed [s, b, g, (n/g + 2) * d] and angles [s, 1 or b, 1, d] fp32 -> query [s, b, n, d], key and value [s, b, g, d].
+    """mixed [s, b, g, (n/g + 2) * d], angles [s, 1 or b, 1, d] fp32 -> query [s, b, n, d], key and value [s, b, g, d].
 
     Each group of `mixed` holds its n/g queries, its key and its value (Megatron-Core's order). Rotate-half RoPE; the
     head dimension d must be twice a power of two.

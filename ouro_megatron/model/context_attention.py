@@ -16,7 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from ouro_megatron.model.documents import causal_runs
 from ouro_megatron.parallel.sequence_slices import own_positions, places_in_gathered, slice_numbers
+
+BLOCK = 256
+"""Queries whose mask is in memory at one time, where kernels need one."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,22 @@ class Sight:
     """int32 [runs + 1]"""
     key_bounds: Tensor
     """int32 [runs + 1]"""
-    masks: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    """By number of the run: where kernels need a mask in memory, the one that all layers and loops share."""
+    masks: list[Tensor] = field(default_factory=list, compare=False, repr=False)
+    """At most one: what all runs, layers and loops take their masks from, where kernels need one in memory."""
 
-    def mask(self, run: int, like: Tensor) -> Tensor | None:
-        """Under which run's last query sees its last key; None where plain causality says the same."""
-        queries, keys = self.queries[run], self.keys[run]
+    def mask(self, queries: int, keys: int, like: Tensor) -> Tensor | None:
+        """Under which the last of `queries` sees the last of `keys`; None where plain causality says the same."""
         if queries in (1, keys):
             return None
         if like.is_cuda:  # the shape is all that its kernels need
             return causal_lower_right(queries, keys)
-        if run not in self.masks:
-            hidden = torch.ones(queries, keys, dtype=torch.bool, device=like.device).triu(keys - queries + 1)
-            self.masks[run] = torch.zeros_like(hidden, dtype=like.dtype).masked_fill(hidden, -torch.inf)
-        return self.masks[run]
+        if not self.masks:
+            rows, columns = min(BLOCK, max(self.queries)), max(self.keys)
+            hidden = torch.ones(rows, columns + rows, dtype=torch.bool, device=like.device).triu(columns + 1)
+            self.masks.append(torch.zeros_like(hidden, dtype=like.dtype).masked_fill(hidden, -torch.inf))
+        whole = self.masks[0]
+        before = whole.shape[1] - whole.shape[0]
+        return whole[:queries, before + queries - keys : before + queries]
 
 
 @dataclass(frozen=True)
@@ -143,10 +149,10 @@ def attend_slices(query: Tensor, seen: tuple[Tensor, ...], part: ContextPart) ->
     """query [s / size, b, n, d], of each slice [keys, 2, g, d] in the order of its runs -> [s / size, b, n, d]."""
     s, b, n, d = query.shape
     slices = query.unflatten(0, (2, s // 2)).transpose(1, 2).flatten(1, 2).unbind()
-    contexts = [
-        _attend(q_tnd, *keys_values.unbind(1), sight)
-        for q_tnd, keys_values, sight in zip(slices, seen, part.sights, strict=True)
-    ]
+    contexts = []
+    for q_tnd, keys_values, sight in zip(slices, seen, part.sights, strict=True):
+        k_tgd, v_tgd = keys_values.unbind(1)
+        contexts.append(_attend(q_tnd, k_tgd, v_tgd, sight))
     return torch.cat([context.view(b, s // 2, n, d).transpose(0, 1) for context in contexts])
 
 
@@ -155,25 +161,30 @@ def _attend(q_tnd: Tensor, k_tgd: Tensor, v_tgd: Tensor, sight: Sight) -> Tensor
     precision, else a call for each run."""
     grouped = q_tnd.shape[1] != k_tgd.shape[1]
     if q_tnd.is_cuda and q_tnd.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
-        longest = (max(sight.queries), max(sight.keys))
-        # A window that reaches back to the start and not ahead is causal, aligned at the last query and key.
-        arguments: dict[str, Any] = {"window_size": (-1, 0), "enable_gqa": grouped}
-        context = varlen_attn(q_tnd, k_tgd, v_tgd, sight.query_bounds, sight.key_bounds, *longest, **arguments)
-        assert isinstance(context, Tensor)
-        return context
-    parts = []
+        bounds, longest = (sight.query_bounds, sight.key_bounds), (max(sight.queries), max(sight.keys))
+        return causal_runs(q_tnd, k_tgd, v_tgd, bounds, longest, grouped)
     runs = zip(q_tnd.split(sight.queries), k_tgd.split(sight.keys), v_tgd.split(sight.keys), strict=True)
-    for run, (q, k, v) in enumerate(runs):
-        q_bnsd, k_bgsd, v_bgsd = (x.transpose(0, 1)[None] for x in (q, k, v))
-        mask = sight.mask(run, q)
-        causal = mask is None and len(q) > 1
+    return torch.cat([part for run in runs for part in _blocks(*run, sight)])
+
+
+def _blocks(q_tnd: Tensor, k_tgd: Tensor, v_tgd: Tensor, sight: Sight) -> Iterator[Tensor]:
+    """One run, so many queries at a time that a mask stays small."""
+    queries, keys = len(q_tnd), len(k_tgd)
+    step = queries if q_tnd.is_cuda or queries == keys else BLOCK
+    for begin in range(0, queries, step):
+        end = min(begin + step, queries)
+        seen = keys - queries + end
+        q_bnsd, k_bgsd, v_bgsd = (x.transpose(0, 1)[None] for x in (q_tnd[begin:end], k_tgd[:seen], v_tgd[:seen]))
+        mask = sight.mask(end - begin, seen, q_tnd)
         part = F.scaled_dot_product_attention(
-            q_bnsd, k_bgsd, v_bgsd, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+            q_bnsd,
+            k_bgsd,
+            v_bgsd,
+            attn_mask=mask,
+            is_causal=mask is None and end - begin > 1,
+            enable_gqa=q_tnd.shape[1] != k_tgd.shape[1],
         )
-        parts.append(part[0].transpose(0, 1))
-    return torch.cat(parts)
+        yield part[0].transpose(0, 1)
 
 
 def _seen(key: Tensor, value: Tensor, part: ContextPart, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -253,7 +264,7 @@ def _gathered_again(tensors: tuple[Tensor, ...], make: Callable[[], tuple[Tensor
         if index is None:
             return saved
         remade.uses += 1
-        return _Dropped(remade, index, saved.size(), saved.stride(), saved.storage_offset())
+        return _Dropped(remade, index, saved.size(), saved.stride(), int(saved.storage_offset()))
 
     def unpack(kept: Tensor | _Dropped) -> Tensor:
         if isinstance(kept, Tensor):

@@ -19,8 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from ouro_megatron.errors import RecipeError
-from ouro_megatron.model.attention import ScaledDotProductAttention
-from ouro_megatron.model.documents import documents_through
+from ouro_megatron.model.attention import ScaledDotProductAttention, transformer_engine_core
 from ouro_megatron.model.fp8.emulation import (
     EmulatedColumnParallelLinear,
     EmulatedRowParallelLinear,
@@ -220,7 +219,7 @@ def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
     layer = _sandwich_layer(
         column_linear=TELayerNormColumnParallelLinear,
         row_linear=TERowParallelLinear,
-        core_attention=documents_through(TEDotProductAttention),
+        core_attention=transformer_engine_core(TEDotProductAttention),
         pre_norm=IdentityOp,
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
@@ -228,8 +227,8 @@ def transformer_engine_block(num_layers: int) -> TransformerBlockSubmodules:
 
 def _no_transformer_engine() -> RecipeError:
     return RecipeError(
-        "model.implementation: transformer_engine is not installed on this machine; install it beside the CUDA build of "
-        "torch (docs/gpu.md; `ouro doctor` shows what is missing) or use model.implementation=local"
+        "model.implementation: transformer_engine is not installed on this machine; install it beside the CUDA build "
+        "of torch (docs/gpu.md; `ouro doctor` shows what is missing) or use model.implementation=local"
     )
 
 

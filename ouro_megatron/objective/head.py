@@ -67,6 +67,7 @@ def token_cross_entropy(
             continue
         torch.mm(d_logits, weight, out=d_hidden[part])
         _add_product(d_weight, d_logits, hidden[part])
+        del d_logits  # not there any more when the next chunk's logits are formed
     if d_hidden is None:
         return ce_n, None
     shape = (-1, *h_sbh.shape[1:])

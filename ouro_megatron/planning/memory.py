@@ -29,10 +29,14 @@ class RankMemory:
     """Logits of one chunk and what becomes of them."""
     working: float
     """The largest temporary need of a backward task."""
+    update: float
+    """Temporary need of the optimizer's step, which comes when the activations are gone. Torch's Adam on a GPU makes
+    one more fp32 copy of this rank's share; Transformer Engine's and apex's none."""
 
     @property
     def peak(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + max(self.head, self.working)
+        visits = self.activations + max(self.head, self.working)
+        return self.weights + self.gradients + self.optimizer + max(visits, self.update)
 
 
 def widths(layout: Layout) -> tuple[int, int, int, int]:
@@ -66,8 +70,13 @@ def layer_bytes(layout: Layout, mode: Recompute) -> float:
     query, key, ffn, _ = widths(layout)
     # The layer's input, the results of both sub-layers (inputs of their post-norms) and the stream between them.
     values = 4 * hidden
-    # The joint projection (value heads are a view of it), rotated queries and keys, the attention's result.
-    values += (query + 2 * key) + query + key + query
+    head_dim = model.head_dim or model.hidden // model.heads
+    values += query + 2 * key + query  # queries, keys and values, the attention's result
+    # One kernel on CUDA cuts queries, keys and values apart and turns them. In plain torch the joint projection is what
+    # is kept, values are a view of it, and turned queries and keys are kept besides, with cosines and sines of both.
+    in_one = layout.on_gpu and head_dim & (head_dim - 1) == 0
+    if not in_one:
+        values += query + key
     values += 2 * ffn
     if layout.context > 1:
         values += query  # the attention's result once more, of each slice by itself
@@ -75,8 +84,9 @@ def layer_bytes(layout: Layout, mode: Recompute) -> float:
         values += 2 * hidden + ffn  # both pre-norms' results, SwiGLU's result
     norm_scales = 4 * 4 * tokens / split
     softmax_sums = 4 * tokens * model.heads / layout.tensor
-    head_dim = model.head_dim or model.hidden // model.heads
-    rotary = 4 * layout.sequence * head_dim * size  # cosine and sine, for queries and for keys
+    rotary = (
+        0 if in_one else 4 * layout.sequence // layout.context * head_dim * size
+    )  # cosine and sine, for queries and for keys
     return size * tokens * values + norm_scales + softmax_sums + rotary
 
 
@@ -98,21 +108,22 @@ def visit_bytes(layout: Layout, rank: int, loop: int) -> float:
 
 
 def head_bytes(layout: Layout) -> float:
-    """Temporary need of the loss head on the last pipeline rank."""
+    """Temporary need of the loss head on the last pipeline rank (a CPU in bf16 needs a chunk in fp32 besides)."""
     model, size = layout.model, layout.bytes_per_value
     chunk, vocab = min(layout.chunk_tokens, layout.tokens), widths(layout)[3]
     hidden = layout.tokens * model.hidden * size
     gathered = hidden if layout.sequence_parallel else 0.0
-    if size == 2:  # the bf16 gradient beside the fp32 logits, or beside its product on its way to the fp32 buffer
-        return chunk * vocab * 2 + max(chunk * vocab * 4, vocab * model.hidden * size) + hidden + gathered
-    return chunk * vocab * 4 + hidden + gathered
+    # A chunk's gradient takes the memory of its logits (on CUDA; a CPU in bf16 needs fp32 logits besides).
+    return size * chunk * vocab + hidden + gathered
 
 
 def working_bytes(layout: Layout, loop: int) -> float:
     """Temporary need of one layer's backward: gradients of its activations and, when recomputing, these themselves."""
     model, size = layout.model, layout.bytes_per_value
     _, _, ffn, _ = widths(layout)
-    gradients = size * layout.tokens * (6 * ffn + 3 * model.hidden) + size * 2 * ffn * model.hidden
+    if not layout.trains_model:  # no backward: the largest of forward
+        return size * layout.tokens * (3 * ffn + 3 * model.hidden) + gather_buffer(layout)
+    gradients: float = size * layout.tokens * (6 * ffn + 3 * model.hidden) + size * 2 * ffn * model.hidden
     gradients = max(gradients, exchange_bytes(layout))
     again = layer_bytes(layout, "none") if layout.recomputes(loop) == "full" else 0.0
     return gradients + again + gather_buffer(layout)
@@ -142,7 +153,7 @@ def rank_memory(layout: Layout, rank: int) -> RankMemory:
     trained = parameters if layout.trains_model else layout.model.hidden + 1
     # The most is held once the pipeline is full: more microbatches change nothing.
     shape = (layout.pipeline, rank, layout.loops, min(layout.microbatches, 4 * layout.pipeline))
-    working = max(working_bytes(layout, loop) for loop in range(layout.loops)) if layout.trains_model else 0.0
+    working = max(working_bytes(layout, loop) for loop in range(layout.loops))
     return RankMemory(
         parameters=parameters,
         weights=parameters * size,
@@ -152,4 +163,5 @@ def rank_memory(layout: Layout, rank: int) -> RankMemory:
         visits_in_flight=most_in_flight(*shape),
         head=head_bytes(layout) if rank == layout.pipeline - 1 else 0.0,
         working=working,
+        update=4.0 * trained / layout.replicas,
     )

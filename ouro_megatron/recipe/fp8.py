@@ -87,6 +87,7 @@ def _shapes(recipe: Recipe, fp8: Fp8Section) -> Iterator[str]:
     model, parallel, unit = recipe.model, recipe.parallel, UNIT[fp8.recipe]
     tensor, groups = parallel.tensor, model.kv_heads or model.heads
     dim = model.head_dim or model.hidden // model.heads
+    over = f" / parallel.context={parallel.context}" if parallel.context > 1 else ""
     sizes = {
         f"model.hidden={model.hidden}": model.hidden,
         f"model.ffn={model.ffn} / parallel.tensor={tensor}": model.ffn / tensor,
@@ -95,7 +96,7 @@ def _shapes(recipe: Recipe, fp8: Fp8Section) -> Iterator[str]:
             (model.heads + 2 * groups) * dim / tensor
         ),
         f"tokens of a microbatch, data.sequence_length={recipe.data.sequence_length} x batch.microbatch="
-        f"{recipe.batch.microbatch}": recipe.data.sequence_length * recipe.batch.microbatch,
+        f"{recipe.batch.microbatch}{over}": recipe.data.sequence_length * recipe.batch.microbatch / parallel.context,
     }
     for what, size in sizes.items():
         if size % unit:

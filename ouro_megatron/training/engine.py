@@ -1,7 +1,8 @@
 """Model, gradients and optimizer of one rank: one training step, one evaluation pass."""
 
+import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,19 +40,20 @@ class Microbatch:
 
     def part(self, context: ParallelContext, rows_part: ContextPart | None) -> "OwnTokens":
         """What `context`'s rank computes on; `rows_part` where each row is one document."""
-        own = [context.own_tokens(whole_bs) for whole_bs in (self.tokens_bs, self.labels_bs, self.mask_bs)]
         documents: DocumentBounds | ContextPart | None = self.documents
+        rows, length = self.tokens_bs.shape
         if context.context_size > 1:
             documents = rows_part
             if self.documents is not None:
-                documents = ContextPart.of(
-                    self.documents.lengths,
-                    *self.tokens_bs.shape,
-                    context.context_rank,
-                    context.context_size,
-                    context.device,
-                )
-        return OwnTokens(*own, self.tokens_bs.shape[1], documents, self.documents is not None)
+                documents = context_part(self.documents.lengths, rows, length, context)
+        return OwnTokens(
+            context.own_tokens(self.tokens_bs),
+            context.own_tokens(self.labels_bs),
+            context.own_tokens(self.mask_bs),
+            length,
+            documents,
+            packed=self.documents is not None,
+        )
 
     @classmethod
     def of(cls, batch: dict[str, Tensor]) -> "Microbatch":
@@ -59,6 +61,11 @@ class Microbatch:
         tokens_bs = batch["tokens_bs"]
         documents = DocumentBounds.of_batch(batch, tokens_bs.device)
         return cls(tokens_bs, batch["labels_bs"], batch["loss_mask_bs"], documents)
+
+
+def context_part(documents: Sequence[int], rows: int, length: int, context: ParallelContext) -> ContextPart:
+    """`context`'s rank's part of rows that hold documents of these lengths."""
+    return ContextPart.of(documents, rows, length, context.context_rank, context.context_size, context.device)
 
 
 @dataclass(frozen=True)
@@ -118,10 +125,11 @@ class Engine:
         self.keep_whole_gradients = False
         """Leave every data-parallel rank with all reduced gradients, not only its optimizer shard: to inspect them."""
         # Nothing to hide in the gate stage, whose backward runs inside forward, nor with one loop, which uses no gate.
+        # With `last_loop` no gate is used and the head is used once: Megatron would wait for gradients that never come.
         self.overlap = overlap and objective.kind == "expected_loss" and loops > 1 and context.replicas > 1
-        if objective.kind == "gate":
+        if objective.kind != "expected_loss":
             for name, parameter in lm.named_parameters():
-                parameter.requires_grad_(name.startswith("exit_gate."))
+                parameter.requires_grad_(name.startswith("exit_gate.") == (objective.kind == "gate"))
         with context.platform.megatron_calls():
             self.ddp = DistributedDataParallel(
                 config=lm.config,
@@ -183,8 +191,18 @@ class Engine:
         self.lm.weights_changed()
 
     def train_step(self, batches: list[Microbatch], lr: float, judge: Judge | None = None) -> StepResult:
-        """One optimizer step over this rank's microbatches. All ranks call it together."""
-        return self.update(self.accumulate(batches), lr, judge)
+        """One optimizer step over this rank's microbatches. All ranks call it together.
+
+        Python's cyclic garbage collector waits for its end: it would walk millions of objects while a GPU has nothing
+        to do, and on each rank at another moment.
+        """
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return self.update(self.accumulate(batches), lr, judge)
+        finally:
+            if collects:
+                gc.enable()
 
     def accumulate(self, batches: list[Microbatch]) -> LoopMeans:
         """Fresh reduced gradients in each parameter's `main_grad`; returns the global means. All ranks call it.
@@ -276,8 +294,7 @@ class Engine:
         context, rows_part = self.context, None
         if context.context_size > 1 and self.lm.model.implementation == "local":
             rows, length = batches[0].tokens_bs.shape
-            place = (context.context_rank, context.context_size, context.device)
-            rows_part = ContextPart.of([length] * rows, rows, length, *place)
+            rows_part = context_part([length] * rows, rows, length, context)
         return [batch.part(context, rows_part) for batch in batches]
 
     def _spare_placeholders(self) -> None:

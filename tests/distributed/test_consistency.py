@@ -10,11 +10,11 @@ import torch
 from ouro_megatron.errors import TrainingError
 from ouro_megatron.model.looplm import LoopLM, initialise
 from ouro_megatron.parallel.context import create_context
-from ouro_megatron.recipe.schema import ObjectiveSection, OptimizerSection, ParallelSection
+from ouro_megatron.recipe.schema import ObjectiveSection, OptimizerSection
 from ouro_megatron.recipe.spans import Span
 from ouro_megatron.training.consistency import check_gradient_buffers, check_weights
 from ouro_megatron.training.engine import Engine
-from tests.distributed.parity import Layout, batch, model_section, share
+from tests.distributed.parity import Layout, batch, model_section, parallel_section, share
 from tests.distributed.ranks import run_ranks
 from tests.tiny import tiny_recipe
 from tests.training.stalls import STEP, StallingRanks
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.distributed
 
 
 def with_engine(layout: Layout, action: Callable[[Engine, int], Any], overlap: bool = False) -> Any:
-    context = create_context(ParallelSection(tensor=layout.tensor, pipeline=layout.pipeline))
+    context = create_context(parallel_section(layout))
     try:
         lm = LoopLM(model_section(layout), context)
         initialise(lm, 0)
@@ -57,9 +57,10 @@ def test_equal_copies_pass(overlap: bool) -> None:
     assert run_ranks(weights_after_a_step, 4, Layout(tensor=2, data=2), None, overlap) == [""] * 4
 
 
-def test_a_bit_that_differs_between_data_parallel_ranks() -> None:
+@pytest.mark.parametrize("layout", [Layout(data=2), Layout(context=2)], ids=str)
+def test_a_bit_that_differs_between_data_parallel_ranks(layout: Layout) -> None:
     name = "decoder.layers.2.mlp.linear_fc1.weight"
-    for said in run_ranks(weights_after_a_step, 2, Layout(data=2), name, False):
+    for said in run_ranks(weights_after_a_step, 2, layout, name, False):
         assert "data-parallel ranks 0, 1" in said and name in said
 
 

@@ -1,4 +1,4 @@
-"""All in this folder needs a CUDA GPU; what needs Transformer Engine says so. Without them: skipped, with the reason."""
+"""All in this folder needs a CUDA GPU; what needs Transformer Engine says so. Without: skipped, with the reason."""
 
 from pathlib import Path
 

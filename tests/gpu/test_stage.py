@@ -30,7 +30,7 @@ def train(recipe: Recipe, steps: int, device: str, implementation: str, compute:
         f"model.implementation={implementation}",
         f"precision.compute={compute}",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     code = "from ouro_megatron.cli import main; main()"

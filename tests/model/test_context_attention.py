@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import ouro_megatron.model.context_attention as context_attention_module
 from ouro_megatron.model.context_attention import ContextPart, attend_slices, context_attention
 from ouro_megatron.parallel.context import create_context
 from ouro_megatron.parallel.sequence_slices import own_positions, own_tokens, places_in_gathered
@@ -125,6 +126,12 @@ def test_every_ranks_part_on_one_device(
         assert float((mine.cpu().double() - whole).abs().max()) < tolerance * float(whole.abs().max())
 
 
+def test_long_runs_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context_attention_module, "BLOCK", 3)
+    for name, kv_heads in itertools.product(DOCUMENTS, (HEADS, 2)):
+        test_every_ranks_part_on_one_device("cpu", torch.float64, 1e-13, name, kv_heads)
+
+
 class Communication(TorchDispatchMode):
     """Names of the collectives that run."""
 
@@ -152,7 +159,7 @@ def kept_and_communication(recompute: bool) -> tuple[int, list[str]]:
         with Communication() as communication:
             with Storages() as storages:
                 out = checkpoint(attend, *inputs, use_reentrant=True) if recompute else attend(*inputs)
-            masks = [mask for sight in part.sights for mask in sight.masks.values()]
+            masks = [mask for sight in part.sights for mask in sight.masks]
             deadline = time.monotonic() + 5.0
             # Gloo's threads let go of the tensors of a finished collective a little later.
             while storages.alive([*inputs, *masks]) >= GATHERED and time.monotonic() < deadline:

@@ -2,6 +2,7 @@
 
 import itertools
 import resource
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ouro_megatron.model.documents import DocumentBounds, document_attention, documents_through
+from ouro_megatron.model.attention import transformer_engine_core
+from ouro_megatron.model.documents import DocumentBounds, document_attention
 from ouro_megatron.model.looplm import LoopLM, initialise
 from ouro_megatron.parallel.context import create_context
 from ouro_megatron.recipe.schema import ModelSection, ObjectiveSection, OptimizerSection, ParallelSection
@@ -17,6 +19,8 @@ from ouro_megatron.training.engine import Engine, Microbatch
 from tests.distributed.ranks import run_ranks
 
 LENGTHS = [(5, 1, 10), (16,), (1, 1, 14)]
+ALIKE: list[tuple[int, ...]] = [(3, 5, 3, 5), (5, 3, 5, 3), (3, 3, 5, 5), (5, 5, 3, 3)]
+"""Few lengths, not in order: attention takes all documents of one length together."""
 CPU = torch.device("cpu")
 
 
@@ -40,18 +44,18 @@ def states_and_gradients(
     return [state.detach() for state in states], gradients
 
 
-def difference_from_alone(kv_heads: int, recompute: str) -> tuple[float, float, float]:
+def difference_from_alone(rows: list[tuple[int, ...]], kv_heads: int, recompute: str) -> tuple[float, float, float]:
     """Largest differences, relative, of states and gradients in fp64; what other documents change in one's states."""
     context = create_context(ParallelSection())
     model = ModelSection(layers=2, hidden=32, heads=4, kv_heads=kv_heads, ffn=48, vocab=64, loops=3)
     lm = LoopLM(model, context, dtype=torch.float64, recompute=recompute)  # type: ignore[arg-type]
     initialise(lm, seed=1)
     lm.train()
-    tokens_bs = torch.randint(0, 64, (len(LENGTHS), 16), generator=torch.Generator().manual_seed(2))
-    bounds = DocumentBounds.of(positions(LENGTHS), CPU)
+    tokens_bs = torch.randint(0, 64, (len(rows), 16), generator=torch.Generator().manual_seed(2))
+    bounds = DocumentBounds.of(positions(rows), CPU)
     together, gradients = states_and_gradients(lm, tokens_bs, bounds)
     worst, summed = 0.0, {name: np.zeros_like(value) for name, value in gradients.items()}
-    for row, lengths in enumerate(LENGTHS):
+    for row, lengths in enumerate(rows):
         for begin, end in itertools.pairwise([0, *itertools.accumulate(lengths)]):
             alone, part = states_and_gradients(lm, tokens_bs[row : row + 1, begin:end], None)
             for whole, own in zip(together, alone, strict=True):
@@ -59,17 +63,20 @@ def difference_from_alone(kv_heads: int, recompute: str) -> tuple[float, float, 
             summed = {name: value + part[name] for name, value in summed.items()}
     gap = max(float(abs(gradients[name] - summed[name]).max() / abs(summed[name]).max()) for name in gradients)
     other = tokens_bs.clone()
-    other[0, :5] = (other[0, :5] + 1) % 64
+    first = rows[0][0]
+    other[0, :first] = (other[0, :first] + 1) % 64
     changed, _ = states_and_gradients(lm, other, bounds)
-    leak = max(float((a[0, 5:] - b[0, 5:]).abs().max()) for a, b in zip(together, changed, strict=True))
+    leak = max(float((a[0, first:] - b[0, first:]).abs().max()) for a, b in zip(together, changed, strict=True))
     context.close()
     return worst, gap, leak
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_packed_documents_are_as_alone_to_the_last_digits(kv_heads: int, recompute: str) -> None:
-    worst, gap, leak = run_ranks(difference_from_alone, 1, kv_heads, recompute)[0]
+@pytest.mark.parametrize(("rows", "kv_heads"), [(LENGTHS, 4), (ALIKE, 2), (LENGTHS, 2)])
+def test_packed_documents_are_as_alone_to_the_last_digits(
+    rows: list[tuple[int, ...]], kv_heads: int, recompute: str
+) -> None:
+    worst, gap, leak = run_ranks(difference_from_alone, 1, rows, kv_heads, recompute)[0]
     assert worst < 1e-12
     assert gap < 1e-12
     assert leak == 0.0
@@ -80,6 +87,11 @@ def test_bounds_come_from_positions() -> None:
     assert bounds.lengths == (5, 1, 10, 16, 1, 1, 14)
     assert bounds.cu_seqlens.tolist() == [0, 5, 6, 16, 32, 33, 34, 48]
     assert bounds.longest == 16
+    assert bounds.groups == [(length, 1) for length in bounds.lengths] and bounds.order is None
+    alike = DocumentBounds.of(positions(ALIKE[:2]), CPU)
+    assert alike.groups == [(3, 4), (5, 4)] and alike.order is not None
+    assert alike.order.tolist()[:6] == [0, 1, 2, 8, 9, 10]
+    assert alike.order[alike.back].tolist() == list(range(32))
     with pytest.raises(ValueError, match="begins with a document"):
         DocumentBounds.of(torch.arange(1, 9)[None], CPU)
 
@@ -87,11 +99,16 @@ def test_bounds_come_from_positions() -> None:
 class EndToEnd(nn.Module):
     """What Megatron's TEDotProductAttention does with "thd" and "sbhd" input, on torch's operators."""
 
+    def __init__(self, context_parallel: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(context_parallel_size=context_parallel)
+
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kind: str, bias: None, packed: object
     ) -> Tensor:
         assert (mask, kind, bias) == (None, "causal", None)
         if packed is None:
+            assert self.config.context_parallel_size > 1, "whole rows are torch's"
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3).flatten(2)
         bounds = packed.cu_seqlens_q.tolist()  # type: ignore[attr-defined]
@@ -108,11 +125,15 @@ def test_transformer_engines_attention_gets_documents_end_to_end() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(16, len(LENGTHS), 4, 8) for _ in range(3))
     bounds = DocumentBounds.of(positions(LENGTHS), CPU)
-    core = documents_through(EndToEnd)()
+    core = transformer_engine_core(EndToEnd)(1)
     expected = document_attention(query, key, value, bounds).flatten(2)
     found = core(query, key, value, None, attn_mask_type="causal", attention_bias=None, packed_seq_params=bounds)
     torch.testing.assert_close(found, expected)
     plain = core(query, key, value, None, attn_mask_type="causal", attention_bias=None, packed_seq_params=None)
+    cut = transformer_engine_core(EndToEnd)(2)
+    torch.testing.assert_close(
+        plain, cut(query, key, value, None, attn_mask_type="causal", attention_bias=None, packed_seq_params=None)
+    )
     one = DocumentBounds.of(torch.arange(16).repeat(len(LENGTHS), 1), CPU)
     torch.testing.assert_close(plain, document_attention(query, key, value, one).flatten(2))
 

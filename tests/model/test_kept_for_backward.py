@@ -25,8 +25,11 @@ def test_rms_norm_gradients_and_values() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 2, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, 1e-6), (x, weight))
-    assert torch.allclose(_RMSNorm.apply(x, weight, 1e-6), F.rms_norm(x, (8,), weight, 1e-6), atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, 1e-6, None), (x, weight))
+    assert torch.autograd.gradcheck(
+        lambda x, w, r: _RMSNorm.apply(x, w, 1e-6, r), (x, weight, torch.rand_like(x, requires_grad=True))
+    )
+    assert torch.allclose(_RMSNorm.apply(x, weight, 1e-6, None), F.rms_norm(x, (8,), weight, 1e-6), atol=1e-12)
 
 
 def test_swiglu_gradients_and_values() -> None:
@@ -40,12 +43,12 @@ def test_bf16_keeps_the_input_and_one_number_a_token() -> None:
     x = torch.randn(16, 4, 32, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.ones(32, dtype=torch.bfloat16, requires_grad=True)
     tokens = 16 * 4
-    assert kept_bytes(x, weight, of=_RMSNorm, extra=(1e-6,)) == tokens * (32 * 2 + 4) + 32 * 2
+    assert kept_bytes(x, weight, of=_RMSNorm, extra=(1e-6, None)) == tokens * (32 * 2 + 4) + 32 * 2
     assert kept_bytes(x, of=_SwiGLU) == tokens * 32 * 2
 
 
 def test_a_frozen_weight_costs_no_gradient() -> None:
     x = torch.randn(4, 2, 8, requires_grad=True)
     weight = torch.ones(8)
-    _RMSNorm.apply(x, weight, 1e-6).sum().backward()
+    _RMSNorm.apply(x, weight, 1e-6, None).sum().backward()
     assert x.grad is not None and weight.grad is None

@@ -17,6 +17,7 @@ from ouro_megatron.parallel.context import ParallelContext, create_context
 from ouro_megatron.planning.layout import Layout
 from ouro_megatron.planning.memory import gather_buffer, layer_bytes
 from ouro_megatron.recipe.schema import ModelSection, ParallelSection, Recompute
+from ouro_megatron.training.engine import context_part
 from tests.distributed.ranks import run_ranks
 
 MODEL = ModelSection(layers=1, hidden=64, heads=4, kv_heads=2, ffn=176, vocab=128, loops=2)
@@ -44,7 +45,8 @@ def layout(**changes: object) -> Layout:
 def kept_by_a_layer(wanted: list[Layout]) -> list[int]:
     """Bytes of the storages a layer's forward keeps for backward, parameters apart; run on the layouts' ranks."""
     first = wanted[0]
-    context = create_context(ParallelSection(tensor=first.tensor, sequence=first.sequence_parallel))
+    sizes = ParallelSection(tensor=first.tensor, context=first.context, sequence=first.sequence_parallel)
+    context = create_context(sizes)
     try:
         return [_kept(each, context) for each in wanted]
     finally:
@@ -79,14 +81,19 @@ def _kept(wanted: Layout, context: ParallelContext) -> int:
     dtype = torch.bfloat16 if wanted.bytes_per_value == 2 else torch.float32
     lm = LoopLM(wanted.model, context, dtype=dtype, recompute=wanted.recompute)
     initialise(lm, 0)
-    rows = wanted.sequence // (wanted.tensor if wanted.sequence_parallel else 1)
+    rows = wanted.sequence // wanted.context // (wanted.tensor if wanted.sequence_parallel else 1)
     h_sbh = torch.randn(rows, wanted.microbatch, wanted.model.hidden).to(dtype).requires_grad_()
-    rotary = lm.rotary(torch.arange(wanted.sequence))
+    rotary, part = lm.rotary(context.own_positions(wanted.sequence)), None
+    if wanted.context > 1:
+        rows_of = [wanted.sequence] * wanted.microbatch
+        part = context_part(rows_of, wanted.microbatch, wanted.sequence, context)
     lm.decoder.post_layer_norm, lm.decoder.final_layernorm = False, None
     with Storages() as storages:
-        result = lm.run_layers(h_sbh, rotary)
+        result = lm.run_layers(h_sbh, rotary, documents=part)
     # The result is the next layer's input and counted there.
     without = [*lm.parameters(), rotary, h_sbh, result]
+    if part is not None:  # masks are the same for all layers
+        without += [mask for sight in part.sights for mask in sight.masks]
     own = h_sbh.untyped_storage().nbytes()
     deadline = time.monotonic() + 5.0
     # Gloo's threads let go of the tensors of a finished collective a little later.
@@ -99,12 +106,12 @@ def expected(wanted: Layout) -> float:
     return layer_bytes(wanted, wanted.recompute) + gather_buffer(wanted)
 
 
-@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
-def test_a_layer_keeps_what_the_plan_says(tensor: int, sequence: bool) -> None:
+@pytest.mark.parametrize(("tensor", "sequence", "context"), [(1, False, 1), (2, False, 1), (2, True, 1), (1, False, 2)])
+def test_a_layer_keeps_what_the_plan_says(tensor: int, sequence: bool, context: int) -> None:
     modes: tuple[Recompute, ...] = ("none", "selective", "full")
     wanted = [
-        layout(tensor=tensor, sequence_parallel=sequence, recompute=mode, bytes_per_value=size)
+        layout(tensor=tensor, context=context, sequence_parallel=sequence, recompute=mode, bytes_per_value=size)
         for mode, size in itertools.product(modes, (2, 4))
     ]
-    for measured in run_ranks(kept_by_a_layer, tensor, wanted):
+    for measured in run_ranks(kept_by_a_layer, tensor * context, wanted):
         assert measured == [expected(each) for each in wanted]

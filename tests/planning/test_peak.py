@@ -1,4 +1,4 @@
-"""The planner's peak against the bytes of the tensors that live while real ranks train three steps.
+"""The planner's peak against the bytes of the tensors that live while real ranks train two steps.
 
 Counted by allocation, so the numbers are the same in every run; `python -m benchmarks.memory` compares whole processes.
 """

@@ -56,6 +56,11 @@ def test_good(tmp_path: Path) -> None:
             None,
             ["keep documents apart", "model.implementation=local", "data.document_mask=false"],
         ),
+        (
+            ["precision.fp8={emulate: true}", "parallel.context=2"],
+            None,
+            ["/ parallel.context=2 is 8, not a multiple of 16"],
+        ),
         (["batch.global_tokens=1000"], None, ["batch.global_tokens=1000", "992 or 1008"]),
         (["batch.global_tokens=16", "parallel.pipeline=2"], None, ["groups of that size", "32"]),
         (["batch.ramp=[{after: 2k, global_tokens: 1000}]"], None, ["batch.ramp.0.global_tokens=1000"]),
