@@ -9,7 +9,7 @@ added to an fp32 buffer as Megatron keeps it. The coefficients c (exit probabili
     ours        one-pass chunked head of this project
     logits      materialised logits and torch's cross_entropy, autograd
     torch       torch.nn.functional.linear_cross_entropy (torch 2.13), in chunks of the same size as ours
-    torch-auto  the same with the chunks torch would choose; only when asked for (--only): on a CPU, with few tokens and a
+    torch-auto  the same with chunks of torch's choice; only when asked for (--only): on a CPU, with few tokens and a
                 large vocabulary, that is one token at a time
     liger       Liger kernel's fused linear cross-entropy (CUDA, when installed)
     cce         Apple's cut cross-entropy (CUDA, when installed)
