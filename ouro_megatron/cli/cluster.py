@@ -20,6 +20,8 @@ Overrides = Annotated[
     typer.Argument(help="key.path=value for all recipes; cluster.KEY=VALUE for the cluster.", show_default=False),
 ]
 ClusterFile = Annotated[Path | None, typer.Option(help="Cluster file, instead of the pipeline's.")]
+_LONG = 24
+"""Details of a step that are longer stand below the table."""
 TwinFlag = Annotated[bool, typer.Option("--twin", help="The pipeline's small twin: a rehearsal in minutes.")]
 
 
@@ -78,7 +80,8 @@ def submit(
         typer.secho(f"# {job.slurm_folder / 'job.sbatch'}, after {', '.join(job.needs) or 'nothing'}", bold=True)
         typer.echo(render(job, loaded.cluster, loaded.name, project))
     jobs.check(loaded, wanted, project)
-    typer.echo(f"# good: {len(wanted.submit)} steps to submit, {len(wanted.finished)} finished, nothing was submitted")
+    steps = f"{len(wanted.submit)} {'step' if len(wanted.submit) == 1 else 'steps'} to submit"
+    typer.echo(f"# good: {steps}, {len(wanted.finished)} finished, nothing was submitted")
 
 
 def status(
@@ -114,18 +117,24 @@ def status(
 
 def _show(console: "Console", found: "list[StepStatus]") -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from ouro_megatron.telemetry.text import big, duration
 
     table = Table("step", "after", "state", "job", "tokens", "loss", "time left", "restarts", "saved")
     styles = {"finished": "green", "running": "bold cyan", "failed": "bold red", "cancelled": "yellow"}
+    below = []
     for step in found:
+        detail = step.detail
+        if len(detail) > _LONG:
+            below.append(f"{step.name}: {detail}")
+            detail = ""
         of = "" if step.total_tokens is None else f"{big(step.tokens)} / {big(step.total_tokens)}"
         table.add_row(
             step.name,
             "\n".join(step.needs),
-            f"[{styles.get(step.state, 'default')}]{step.state}[/]",
+            f"[{styles.get(step.state, 'default')}]{step.state}[/]" + (f" ({escape(detail)})" if detail else ""),
             str(step.job or ""),
             of,
             "" if step.loss is None else f"{step.loss:.4f}",
@@ -134,11 +143,10 @@ def _show(console: "Console", found: "list[StepStatus]") -> None:
             "" if step.saved_step is None else f"step {step.saved_step}",
         )
     if not console.is_terminal:  # a file or a pipe: a table that is cut tells nothing
-        console = Console(width=max(console.width, 120), highlight=False)
+        console = Console(width=max(console.width, 160), highlight=False)
     console.print(table)
-    for step in found:
-        if step.detail:
-            console.print(f"{step.name}: {step.detail}", soft_wrap=True)
+    for line in below:
+        console.print(line, soft_wrap=True, markup=False)
 
 
 def cancel(

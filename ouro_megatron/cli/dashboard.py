@@ -7,7 +7,7 @@ import typer
 
 
 def dashboard(
-    path: Annotated[Path, typer.Argument(help="A recipe, a run folder, or the folder of a pipeline's runs.")],
+    path: Annotated[Path, typer.Argument(help="A pipeline, a recipe, a run folder, or the folder of several runs.")],
     out: Annotated[Path | None, typer.Option(help="The file; PATH/dashboard.json when left out.")] = None,
     entity: Annotated[str | None, typer.Option(help="W&B user or team; the recipe's when left out.")] = None,
     project: Annotated[str | None, typer.Option(help="W&B project; the recipe's when left out.")] = None,
@@ -19,8 +19,12 @@ def dashboard(
 
         ouro dashboard runs/demo
 
+        ouro dashboard stages/ouro-2.6b
+
         ouro dashboard runs/demo --push --entity my-team
     """
+    from ouro_megatron.cluster.pipeline import stages_of
     from ouro_megatron.telemetry.dashboard import write_dashboard
 
-    typer.echo(write_dashboard(path, out, entity=entity, project=project, push=push))
+    stages = stages_of(path)
+    typer.echo(write_dashboard(path, out, entity=entity, project=project, push=push, recipes=stages))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from ouro_megatron.cluster.settings import Average, Cluster, PipelineFile, Step, Twin, Upcycle
+from ouro_megatron.cluster.settings import Average, Cluster, PipelineFile, Step, Twin, Upcycle, seconds_of
 from ouro_megatron.cluster.twin import twin_of
 from ouro_megatron.errors import ClusterError, RecipeError
 from ouro_megatron.recipe.load import load_recipe, load_section, recipe_from_values
@@ -110,9 +110,12 @@ def load_pipeline(
     """The pipeline at `path`: a pipeline file, a folder that holds one, or the recipe of a single stage.
 
     `overrides`: key.path=value for all recipes, `cluster.` in front for the cluster. `nodes` and `time` hold for all
-    steps. Raises RecipeError listing all problems of all files, and ClusterError for steps that do not fit together.
+    steps. Raises RecipeError listing all problems of all files, and ClusterError for steps that do not fit together
+    and a time that sbatch would not understand.
     """
     file = path / PIPELINE_NAME if path.is_dir() else path
+    if time is not None:
+        seconds_of(time)
     ours = [text.removeprefix(_CLUSTER_PREFIX) for text in overrides if text.startswith(_CLUSTER_PREFIX)]
     theirs = [text for text in overrides if not text.startswith(_CLUSTER_PREFIX)]
     if _is_recipe(file):
@@ -124,6 +127,14 @@ def load_pipeline(
     small = _twin(settings, file) if twin else None
     jobs = _jobs(settings, steps, theirs, small, nodes, time)
     return Pipeline(settings.name, tuple(_in_order(jobs)), machine)
+
+
+def stages_of(path: Path) -> list[Recipe]:
+    """Recipes of the pipeline at `path`, in order; none when there is no pipeline file. Raises as `load_pipeline`."""
+    file = path / PIPELINE_NAME if path.is_dir() else path
+    if not file.is_file() or _is_recipe(file):
+        return []
+    return [job.recipe for job in load_pipeline(path).jobs if job.recipe is not None]
 
 
 def _is_recipe(file: Path) -> bool:

@@ -85,7 +85,8 @@ def _container(cluster: Cluster, project: Path) -> list[str]:
     if cluster.container is None:
         return []
     mounts = ",".join([f"{project}:{project}", *cluster.container.mounts])
-    words = [f"--container-image={cluster.container.image}", f"--container-mounts={mounts}"]
+    image = cluster.container.image_file(project) or cluster.container.image
+    words = [f"--container-image={image}", f"--container-mounts={mounts}"]
     return [shlex.quote(word) for word in [*words, f"--container-workdir={project}"]]
 
 

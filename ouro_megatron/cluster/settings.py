@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
+from ouro_megatron.errors import ClusterError
 from ouro_megatron.recipe.schema import PositiveInt, Section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -12,13 +13,38 @@ TimeLimit = Annotated[str, Field(pattern=r"^(\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d(
 """As sbatch takes it: minutes, hours:minutes:seconds, days-hours ..."""
 
 
+def seconds_of(time: str) -> int:
+    """A time limit in seconds. Raises ClusterError for what sbatch would not understand.
+
+    sbatch's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+    """
+    try:
+        limit = TypeAdapter(TimeLimit).validate_python(time)
+    except ValidationError as error:
+        raise ClusterError(
+            f"time limit {time!r}: write hours:minutes:seconds, such as 4:00:00, or days-hours"
+        ) from error
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = parts if len(parts) == 3 else [0, *parts, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 class Container(Section):
     """An image that pyxis/enroot starts the ranks in."""
 
     image: str
     """A .sqsh file or an image's address, as srun's --container-image takes it."""
+
     mounts: list[str] = Field(default_factory=list)
     """"/data:/data" and the like; the project's folder is always mounted."""
+
+    def image_file(self, project: Path) -> Path | None:
+        """The image, absolute, where it is a file: pyxis takes a name without a leading / or . for a registry's."""
+        return project / self.image if self.image.endswith((".sqsh", ".sqfs", ".squashfs")) else None
 
 
 class Cluster(Section):
@@ -44,8 +70,8 @@ class Cluster(Section):
     """More options of srun, such as "--cpu-bind=none"."""
     setup: list[str] = Field(default_factory=list)
     """Shell lines run on the first node before the ranks start: modules, ulimits."""
-    environment: dict[str, str] = Field(default_factory=dict)
-    """Variables of all ranks, such as NCCL's."""
+    environment: dict[str, Annotated[str, Field(coerce_numbers_to_str=True)]] = Field(default_factory=dict)
+    """Variables of all ranks, such as NCCL's; numbers need no quotes."""
     container: Container | None = None
     command: str = ".venv/bin/ouro"
     """The `ouro` of the ranks, from the project's folder or inside the container."""

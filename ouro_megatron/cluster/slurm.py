@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ouro_megatron.cluster.settings import seconds_of
 from ouro_megatron.errors import ClusterError
 
 _SECONDS = 60.0
+_NOBODY = ("Unable to contact slurm controller", "configuration source", "Unknown host")
+"""What sbatch says without a controller, or without a slurm.conf that names one."""
 ENDED = frozenset(
     (
         "COMPLETED",
@@ -58,9 +61,28 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test(script: Path) -> str | None:
-    """Why sbatch would refuse the script; None when it would take it."""
+    """Why sbatch would refuse the script; None when it would take it. Raises ClusterError when nobody answers."""
     done = run("sbatch", "--test-only", str(script))
+    if done.returncode and any(words in done.stderr for words in _NOBODY):
+        raise ClusterError(
+            f"sbatch reaches no Slurm controller ({_first_line(done.stderr)}): run this on a login node, or see "
+            "whether Slurm is up (`scontrol ping`)"
+        )
     return None if done.returncode == 0 else _first_line(done.stderr)
+
+
+def time_limits() -> dict[str, int]:
+    """Seconds that jobs may run by partition, those without a limit left out; "" is the default one. Empty where sinfo
+    says nothing."""
+    done = run("sinfo", "--noheader", "--format=%P|%l")
+    limits = {}
+    for line in done.stdout.splitlines() if done.returncode == 0 else ():
+        name, _, limit = line.strip().partition("|")
+        if limit[:1].isdigit():
+            limits[name.rstrip("*")] = seconds_of(limit)
+            if name.endswith("*"):
+                limits[""] = seconds_of(limit)
+    return limits
 
 
 def submit(script: Path, after: Sequence[int]) -> int:

@@ -71,7 +71,9 @@ def submit(pipeline: Pipeline, wanted: Plan, project: Path, say: Say) -> dict[st
             described = {"job": number, "name": job.name, "pipeline": pipeline.name, "after": after}
             write_json(job.slurm_folder / JOB_FILE, {**described, "submitted": time.time()})
             waits = f", after {', '.join(map(str, after))}" if after else ""
-            say(f"{job.name}: job {number} on {job.nodes} nodes{waits}; {script}")
+            nodes = job.nodes if job.recipe is not None else 1
+            where = f"{nodes} {'node' if nodes == 1 else 'nodes'}"
+            say(f"{job.name}: job {number} on {where}{waits}; {script}")
     except (OuroError, OSError) as error:
         if new:
             slurm.cancel(list(new.values()))
@@ -115,9 +117,9 @@ def run_here(pipeline: Pipeline, wanted: Plan, train: Callable[[Recipe], int], s
     from ouro_megatron.checkpoint.average import average_files
     from ouro_megatron.evaluation.upcycled import upcycle_and_compare
 
-    problems = [problem for job in wanted.submit for problem in data_problems(job)]
+    problems = list(data_problems(wanted.submit))
     if problems:
-        lines = "".join(f"\n  {problem}" for problem in dict.fromkeys(problems))
+        lines = "".join(f"\n  {problem}" for problem in problems)
         raise ClusterError(f"pipeline {pipeline.name} cannot run; nothing was started:{lines}")
     for name in wanted.finished:
         say(f"{name}: finished already")

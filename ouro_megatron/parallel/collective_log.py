@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ouro_megatron.parallel.shape_cache import ShapeCache
+
 
 class Call(NamedTuple):
     """One collective operation or message."""
@@ -29,10 +31,16 @@ class CollectiveLog(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self._run = ShapeCache()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; to say so again in each of 100,000 calls would take a tenth of the time."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "c10d":
-            return func(*args, **(kwargs or {}))
+            return self._run(func, args, kwargs or {})
         self.calls.append(_describe(func._schema.name.removeprefix("c10d::"), args))
         # The fake group ignores contents; nothing must be allocated for them.
         empty = tree_map_only(torch.Tensor, lambda tensor: torch.empty(0, dtype=tensor.dtype, device="cpu"), args)

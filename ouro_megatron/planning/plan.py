@@ -20,8 +20,8 @@ class Plan:
 
     layout: Layout
     gpu: Gpu
-    total_tokens: int
-    """Budget of the stage."""
+    total_tokens: int | None
+    """Budget of the stage; None where it is counted in epochs of data that was not read."""
     efficiency: Efficiency = field(default_factory=Efficiency)
 
     @cached_property
@@ -112,12 +112,12 @@ class Plan:
         return self.tokens_per_second * self.flops_per_token / (peak * self.layout.world)
 
     @property
-    def days(self) -> float:
-        return self.total_tokens / self.tokens_per_second / 86_400
+    def days(self) -> float | None:
+        return None if self.total_tokens is None else self.total_tokens / self.tokens_per_second / 86_400
 
     @property
-    def gpu_hours(self) -> float:
-        return self.days * 24 * self.layout.world
+    def gpu_hours(self) -> float | None:
+        return None if self.days is None else self.days * 24 * self.layout.world
 
     def shares(self) -> dict[str, float]:
         """Where the step's seconds go on the busiest pipeline rank, as fractions that add up to 1."""
@@ -159,8 +159,8 @@ class Plan:
 
 _ADVICE = {
     "attention": "the price of data.sequence_length; no layout changes it",
-    "passes over memory": "fused kernels make fewer of them (model.implementation=transformer_engine)",
-    "kernel launches": "larger pieces of work: batch.microbatch, or a smaller parallel.tensor",
+    "passes over memory": "they grow with hidden and feed-forward width as matrix products do with their square",
+    "the host": "larger pieces of work: batch.microbatch, or a smaller parallel.tensor",
     "recomputation": "training.recompute=selective, or training.recompute_loops, as far as memory allows",
     "loss heads": "a smaller share of layers on the last rank (parallel.layers) or fewer pipeline ranks evens it out",
     "tensor-parallel exchange": "a smaller parallel.tensor, larger batch.microbatch, or parallel.sequence=true",

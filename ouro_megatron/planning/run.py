@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ouro_megatron.data.complete import complete
+from ouro_megatron.errors import DataError
 from ouro_megatron.planning.hardware import gpu_named
 from ouro_megatron.planning.search import best_plans, plan_for
 from ouro_megatron.planning.show import plan_as_json, show_plan, show_search
@@ -26,9 +28,19 @@ class PlanRequest:
     as_json: bool = False
 
 
+def _counted(recipe: Recipe) -> Recipe:
+    """With a budget in tokens, for one in epochs. A plan needs no data: without, it says that its length is open."""
+    try:
+        return complete(recipe)
+    except DataError:
+        return recipe
+
+
 def run_plan(recipe: Recipe, request: PlanRequest) -> None:
     """Prints the plan (or with `search` the ranked layouts). Raises RecipeError when the recipe cannot run there."""
     gpu = gpu_named(request.gpu)
+    if recipe.budget.total is None:
+        recipe = _counted(recipe)
     plans = best_plans(recipe, request.gpus, gpu) if request.search else [plan_for(recipe, request.gpus, gpu)]
     if request.as_json:
         shown = plans[: request.rows]

@@ -19,7 +19,12 @@ _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 def plan_for(recipe: Recipe, world: int, gpu: Gpu, efficiency: Efficiency | None = None) -> Plan:
     """The plan of the recipe's own layout. Raises RecipeError with all problems when it cannot run on `world` GPUs."""
     layout = layout_of(recipe, world)
-    return Plan(layout, gpu, BatchPlan(recipe).total_tokens, efficiency or Efficiency())
+    return Plan(layout, gpu, _budget(recipe), efficiency or Efficiency())
+
+
+def _budget(recipe: Recipe) -> int | None:
+    """Tokens of the stage; None for epochs of data that nobody has counted yet."""
+    return None if recipe.budget.total is None else BatchPlan(recipe).total_tokens
 
 
 def best_plans(recipe: Recipe, world: int, gpu: Gpu, efficiency: Efficiency | None = None) -> list[Plan]:
@@ -28,7 +33,7 @@ def best_plans(recipe: Recipe, world: int, gpu: Gpu, efficiency: Efficiency | No
     Those that fit into memory come first, fastest first; then those that do not, smallest first. Global batch, model
     and data stay as the recipe says. Raises RecipeError when no layout can run.
     """
-    total = BatchPlan(recipe).total_tokens
+    total = _budget(recipe)
     plans = []
     for variant in _variants(recipe, world):
         chosen = None

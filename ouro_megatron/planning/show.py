@@ -82,8 +82,14 @@ def _speed_line(plan: Plan) -> str:
     return (
         f"{plan.flops_per_token / 1e9:.1f} GFLOP a token, bubble {plan.bubble:.1%}, "
         f"[bold]{big(plan.tokens_per_second)} tokens/s, MFU {plan.mfu:.1%}[/]; "
-        f"{big(plan.total_tokens)} tokens take {duration(plan.days * 86_400)}, {big(plan.gpu_hours)} GPU-hours."
+        f"{_length(plan)}."
     )
+
+
+def _length(plan: Plan) -> str:
+    if plan.total_tokens is None or plan.days is None or plan.gpu_hours is None:
+        return "how long the stage takes depends on data.train, which was not read: budget.epochs counts its tokens"
+    return f"{big(plan.total_tokens)} tokens take {duration(plan.days * 86_400)}, {big(plan.gpu_hours)} GPU-hours"
 
 
 def show_search(plans: list[Plan], console: Console, rows: int) -> None:
@@ -106,7 +112,7 @@ def show_search(plans: list[Plan], console: Console, rows: int) -> None:
             f"{plan.mfu:.1%}",
             f"{plan.bubble:.1%}",
             memory,
-            f"{plan.days:.1f}",
+            "" if plan.days is None else f"{plan.days:.1f}",
         )
     console.print(table)
     if fitting:

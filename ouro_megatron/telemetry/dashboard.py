@@ -1,5 +1,6 @@
 """A Weights & Biases workspace for looped models: written as a file, pushed on request."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ class Facts:
     """W&B groups of the stages, in order."""
 
 
-def facts_of(path: Path) -> Facts:
-    """From a recipe file, a run folder, or the folder of a pipeline's runs.
+def facts_of(path: Path, recipes: Sequence[Recipe] = ()) -> Facts:
+    """From `recipes`; without any, from the recipe file, run folder or folder of a pipeline's runs at `path`.
 
     Raises RecipeError for a recipe that cannot be read, MetricsError for a folder without runs.
     """
-    recipes = [load_recipe(path)] if path.is_file() else [s.recipe for s in read_stages(path) if s.recipe is not None]
+    if not recipes:
+        found = [load_recipe(path)] if path.is_file() else [stage.recipe for stage in read_stages(path)]
+        recipes = [recipe for recipe in found if recipe is not None]
     if not recipes:
         raise DashboardError(f"{path}: none of its runs has a recipe.yaml that this version can read")
     first = recipes[0]
@@ -46,16 +49,26 @@ def facts_of(path: Path) -> Facts:
 
 
 def _loops(recipe: Recipe) -> int:
-    return recipe.model.loops
+    """The most it ever uses."""
+    return max([recipe.model.loops, *(early.loops for early in recipe.training.early_loops)])
 
 
-def write_dashboard(path: Path, out: Path | None, *, entity: str | None, project: str | None, push: bool) -> str:
+def write_dashboard(
+    path: Path,
+    out: Path | None,
+    *,
+    entity: str | None,
+    project: str | None,
+    push: bool,
+    recipes: Sequence[Recipe] = (),
+) -> str:
     """Writes the workspace's definition and, with `push`, creates it on the server; returns a line that says where.
 
     `out`: the JSON file; dashboard.json in the run folder, or beside the recipe, when None. It holds exactly what is
-    pushed. Raises DashboardError when wandb-workspaces is missing or the server does not take it.
+    pushed. `recipes`: a pipeline's stages, where `path` is one. Raises DashboardError when wandb-workspaces is missing
+    or the server does not take it.
     """
-    facts = facts_of(path)
+    facts = facts_of(path, recipes)
     workspace = build_workspace(facts, entity or facts.entity or "", project or facts.project)
     out = out or (path.with_name(f"{path.stem}.dashboard.json") if path.is_file() else path / "dashboard.json")
     text = workspace._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=1)

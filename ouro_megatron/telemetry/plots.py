@@ -1,8 +1,10 @@
 """The report's pictures. All take the stages of a run in order and draw over the tokens of all of them together."""
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,15 +14,15 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from ouro_megatron.telemetry.depth_colors import depth_hex
 from ouro_megatron.telemetry.plot_style import INK, LINE, MUTED, SECOND, STYLE
 from ouro_megatron.telemetry.records import StepRecord
 from ouro_megatron.telemetry.run_reader import Stage
 from ouro_megatron.telemetry.text import big
-from ouro_megatron.telemetry.timeline import Timeline
+from ouro_megatron.telemetry.timeline import Span, Timeline
 
-_STAGE_LINES = (":", "--", "-.", "-")
 _ALARM = "#b3261e"
 _BRANCH_LINES = ("-", "--", "-.", ":")
 
@@ -53,6 +55,19 @@ def _label_places(starts: Sequence[int], end: int) -> list[float]:
     return [min(place, end - width * (len(starts) - number)) for number, place in enumerate(places)]
 
 
+def in_short(names: Sequence[str]) -> str:
+    """Names of stages that begin together; what branches have in common at the end is said once."""
+    parts = [name.split("-") for name in names]
+    shared = 0
+    while len(names) > 1 and all(len(part) > shared + 1 for part in parts):
+        if len({part[-1 - shared] for part in parts}) > 1:
+            break
+        shared += 1
+    if not shared:
+        return " | ".join(names)
+    return f"{' | '.join('-'.join(part[:-shared]) for part in parts)}: {'-'.join(parts[0][-shared:])}"
+
+
 def _stage_bounds(axes: Axes, timeline: Timeline) -> None:
     """Every other stage shaded, a line where each begins, names along it; short stages' names move aside."""
     starts = timeline.starts
@@ -64,7 +79,7 @@ def _stage_bounds(axes: Axes, timeline: Timeline) -> None:
         if start:
             axes.axvline(start, color=MUTED, linewidth=0.8, linestyle=":")
         axes.annotate(
-            " | ".join(names),
+            in_short(names),
             (at, 0.02),
             xycoords=("data", "axes fraction"),
             xytext=(3, 2),
@@ -119,22 +134,18 @@ def draw_loss(axes: Axes, timeline: Timeline) -> None:
 
 def draw_exit(axes: Axes, timeline: Timeline) -> None:
     """The exit distribution over time, loop 1 at the bottom; of further branches only the bounds between loops."""
-    for branch in timeline.branches:
-        steps = timeline.steps(branch)
-        if not steps:
-            continue
-        x = [position for position, _ in steps]
+    colours = [depth_hex(loop + 1, timeline.loops) for loop in range(timeline.loops)]
+    for span, steps in _pieces(timeline):
         shares = [
             np.nan_to_num(np.array([_at(step.loops.exit_probability, loop) for _, step in steps]))
             for loop in range(timeline.loops)
         ]
-        colours = [depth_hex(loop + 1, timeline.loops) for loop in range(timeline.loops)]
-        if branch == 0:
-            labels = [f"loop {loop + 1}" for loop in range(timeline.loops)]
-            axes.stackplot(x, *shares, colors=colours, labels=labels, linewidth=0)
+        x = [position for position, _ in steps]
+        if span.branch == 0:
+            axes.stackplot(x, *shares, colors=colours, linewidth=0)
         else:
             for bound in np.cumsum(shares, axis=0)[:-1]:
-                axes.plot(x, bound, _style(branch), color=INK, linewidth=0.8)
+                axes.plot(x, bound, _style(span.branch), color=INK, linewidth=0.8)
     axes.set_ylim(0, 1)
     axes.grid(visible=False)
     _finish(axes, timeline, "Exit distribution", "probability")
@@ -156,14 +167,22 @@ def draw_depth(axes: Axes, timeline: Timeline) -> None:
     _finish(axes, timeline, "Expected depth and exit entropy", "loops")
 
 
+def _pieces(timeline: Timeline) -> Iterator[tuple[Span, list[tuple[int, StepRecord]]]]:
+    """Each stage's steps by their place on the axis. The first one is drawn from the stage's start on, so that what
+    jumps between stages is no slope and a stage of one step is a line."""
+    for span in timeline.spans:
+        steps = [(span.start + step.tokens, step) for step in span.stage.steps]
+        if steps:
+            yield span, [(span.start, steps[0][1]), *steps]
+
+
 def _draw_line(axes: Axes, timeline: Timeline, value: Callable[[StepRecord], float]) -> list[float]:
-    """One line a branch; returns all values."""
+    """One line a stage; returns all values."""
     seen = []
-    for branch in timeline.branches:
-        steps = timeline.steps(branch)
+    for span, steps in _pieces(timeline):
         values = [value(step) for _, step in steps]
         seen += values
-        axes.plot([x for x, _ in steps], values, _style(branch), color=LINE, linewidth=1.0)
+        axes.plot([x for x, _ in steps], values, _style(span.branch), color=LINE, linewidth=1.0)
     return seen
 
 
@@ -198,37 +217,58 @@ def draw_throughput(axes: Axes, timeline: Timeline) -> None:
 
 
 def draw_sources(axes: Axes, timeline: Timeline) -> None:
-    """Share of each stage's tokens so far by source of the blend, of the first branch."""
-    steps = [entry for entry in timeline.steps(0) if entry[1].source_share]
-    names = list(dict.fromkeys(name for _, step in steps for name in step.source_share))
-    if steps:
-        shares = [[step.source_share.get(name, 0.0) for _, step in steps] for name in names]
-        colours = [plt.get_cmap("tab20")(index % 20) for index in range(len(names))]
-        axes.stackplot([x for x, _ in steps], *shares, colors=colours, labels=names, linewidth=0)
-        axes.legend(loc="upper right", ncols=1 + len(names) // 8, frameon=True, framealpha=0.8)
+    """Share of each stage's tokens so far by source of the blend, of the first branch; replays are hatched."""
+    colours: dict[str, Any] = {}
+    replays = False
+    for span, steps in _pieces(timeline):
+        sources = list(dict.fromkeys(source_of(name) for _, step in steps for name in step.source_share))
+        if span.branch or not sources:
+            continue
+        shares = [
+            [sum(share for name, share in step.source_share.items() if source_of(name) == source) for _, step in steps]
+            for source in sources
+        ]
+        for name, _ in sources:
+            colours.setdefault(name, plt.get_cmap("tab20")(len(colours) % 20))
+        areas = axes.stackplot([x for x, _ in steps], *shares, colors=[colours[name] for name, _ in sources])
+        for area, (_, replay) in zip(areas, sources, strict=True):
+            area.set(linewidth=0, hatch="////" if replay else None, edgecolor="white" if replay else "face")
+            replays = replays or replay
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    if replays:
+        handles.append(Patch(facecolor=MUTED, edgecolor="white", hatch="////", label="hatched: read again"))
+    if handles:
+        axes.figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=6.5, handlelength=1.2)
     axes.set_ylim(0, 1)
     axes.grid(visible=False)
     _finish(axes, timeline, "Data of each stage so far", "share of tokens")
 
 
+def source_of(name: str) -> tuple[str, bool]:
+    """A source without the number of its part, and whether it is a replay ("replay/NAME") of an earlier stage's."""
+    whole = re.sub(r"-\d{5}(-of-\d{5})?$", "", name)
+    return whole.removeprefix("replay/"), whole.startswith("replay/")
+
+
 def draw_final(axes: Axes, timeline: Timeline) -> None:
-    """Held-out loss against the loop it was read after, one line a stage, at the stage's end."""
-    stages = [span.stage for span in timeline.spans if span.stage.evaluations]
-    for index, stage in enumerate(stages):
-        ce = stage.evaluations[-1].loops.ce
+    """Held-out loss against the loop it was read after, one line a stage, at the stage's end.
+
+    Stages that begin together have one colour; branches are dashed as everywhere.
+    """
+    spans = [span for span in timeline.spans if span.stage.evaluations]
+    for index, span in enumerate(spans):
+        ce = span.stage.evaluations[-1].loops.ce
         loops = range(1, len(ce) + 1)
-        last = index == len(stages) - 1
-        style = _STAGE_LINES[index % len(_STAGE_LINES)]
-        axes.plot(loops, ce, style, color=LINE if last else MUTED, linewidth=1.3, label=stage.name, zorder=2)
-        for loop, value in zip(loops, ce, strict=True):
-            axes.plot(loop, value, "o", color=depth_hex(loop, timeline.loops), markersize=8, zorder=3)
-            if last:
+        colour = plt.get_cmap("tab10")(timeline.starts.index(span.start) % 10)
+        style = f"{_style(span.branch)}o"
+        axes.plot(loops, ce, style, color=colour, linewidth=1.3, markersize=4, label=span.stage.name)
+        if index == len(spans) - 1 and len(spans) <= 6:  # of more, the report's table has the numbers
+            for loop, value in zip(loops, ce, strict=True):
                 axes.annotate(
                     f"{value:.3f}", (loop, value), (0, -15), textcoords="offset points", ha="center", fontsize=8
                 )
-    if stages:
-        many = len(stages) > 6
-        axes.legend(loc="center right", ncols=2 if many else 1, fontsize=6 if many else 8)
+    if spans:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=6.5 if len(spans) > 6 else 8)
     axes.margins(x=0.12, y=0.16)
     axes.set_title("Held-out loss by loop at the end of each stage")
     axes.set_xlabel("loop")

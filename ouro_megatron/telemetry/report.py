@@ -15,13 +15,13 @@ from ouro_megatron.telemetry.timeline import Timeline
 
 _CAPTIONS = {
     "loss": "Cross-entropy of each loop's own prediction. Light is loop 1, dark the last one.",
-    "exit-distribution": "How the gate shares each token's weight over the loops, averaged over the batch.",
+    "exit-distribution": "How the gate shares each token's weight over the loops, a batch on average. Light is loop 1.",
     "depth": "Mean of the exit distribution, and how undecided it is.",
     "held-out": "What another loop buys: the same head reads the state after each loop.",
     "gradient-norm": "Before clipping.",
-    "learning-rate": "",
+    "learning-rate": "By the schedule of each stage, which begins afresh.",
     "throughput": "All ranks together.",
-    "data-mix": "Tokens of each source of the blend since the stage began; every stage counts afresh.",
+    "data-mix": "Tokens of each source of the blend since the stage began; each counts afresh. Hatched: replays.",
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import queue
+import shutil
 import threading
 import uuid
 from pathlib import Path
@@ -77,7 +78,9 @@ class WandbSink:
             opened.define_metric("*", step_metric=X_AXIS)
             for name in ("recipe.yaml", "lineage.json"):
                 if (run.run_folder / name).is_file():
-                    opened.save(str(run.run_folder / name), base_path=str(run.run_folder), policy="now")
+                    # A copy: saved from elsewhere it is a link, and a later sync sends what a later attempt wrote.
+                    copied = shutil.copy(run.run_folder / name, opened.dir)
+                    opened.save(str(copied), base_path=opened.dir, policy="now")
             box.append(opened)
         except BaseException as error:  # wandb ends with SystemExit and errors of its own alike
             box.append(error)

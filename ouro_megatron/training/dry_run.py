@@ -12,10 +12,12 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from rich.console import Console
 
+from ouro_megatron.data.complete import complete
 from ouro_megatron.data.fingerprint import blend_fingerprint
 from ouro_megatron.data.tokenizer import load_tokenizer
 from ouro_megatron.errors import RecipeError, TrainingError
@@ -39,15 +41,19 @@ class Rehearsal:
     seconds: float
 
 
-def dry_run(recipe: Recipe, world: int, *, gpu: str = "h100", data: bool = True, workers: int | None = None) -> None:
+def dry_run(
+    recipe: Recipe, world: int, *, gpu: str = "h100", data: bool = True, pool: ProcessPoolExecutor | None = None
+) -> None:
     """Tries `recipe` on `world` ranks without starting them, and prints the plan for `gpu`.
 
-    `data` False leaves the data blend unread, for a machine that does not hold it. Raises RecipeError for a layout that
-    cannot run, DataError for data that cannot be used, TrainingError where ranks would not fit together.
+    `data` False leaves the data blend unread, for a machine that does not hold it. `pool`: processes for several dry
+    runs one after the other, as `rehearsal_pool` makes them. Raises RecipeError for a layout that cannot run, DataError
+    for data that cannot be used, TrainingError where ranks would not fit together.
     """
     console = Console(highlight=False, soft_wrap=True)
     layout = layout_of(recipe, world)
     if data:
+        recipe = complete(recipe)
         tokenizer = load_tokenizer(recipe.data.tokenizer, model_vocab=recipe.model.vocab)
         for name, entries in (("train", recipe.data.train), ("validation", recipe.data.validation)):
             settings = recipe.data.model_copy(update={"train": entries})
@@ -55,7 +61,7 @@ def dry_run(recipe: Recipe, world: int, *, gpu: str = "h100", data: bool = True,
             tokens = sum(source["tokens"] for source in sources)
             console.print(f"data.{name}: {len(sources)} sources, {tokens:,} tokens")
     started = time.monotonic()
-    done = rehearse(recipe, world, ranks_to_try(layout), workers, lambda one: console.print(_line(one, layout)))
+    done = rehearse(recipe, world, ranks_to_try(layout), pool, lambda one: console.print(_line(one, layout)))
     problems = disagreements({one.rank: one.calls for one in done})
     if problems:
         raise TrainingError("ranks of this layout do not fit together:\n" + "\n".join(f"  {line}" for line in problems))
@@ -82,20 +88,24 @@ def ranks_to_try(layout: Layout) -> dict[int, str]:
     return dict(sorted(chosen.items()))
 
 
+def rehearsal_pool(ranks: int) -> ProcessPoolExecutor:
+    """Processes of their own for `ranks` ranks, at most one a core and eight: fake tensors change them for good."""
+    count = min(ranks, 8, os.cpu_count() or 1)
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+
+
 def rehearse(
     recipe: Recipe,
     world: int,
     ranks: dict[int, str],
-    workers: int | None = None,
+    pool: ProcessPoolExecutor | None = None,
     report: Callable[[Rehearsal], None] = lambda _: None,
 ) -> list[Rehearsal]:
-    """Runs `rehearse_rank` for each rank in processes of their own, which are changed for good by fake tensors."""
+    """Runs `rehearse_rank` for each rank in the processes of `pool`, or of one of its own."""
     text = dump_recipe(recipe)
-    count = min(len(ranks), workers or max(1, min(8, os.cpu_count() or 1)))
-    context = multiprocessing.get_context("spawn")
     done = []
-    with ProcessPoolExecutor(count, mp_context=context) as pool:
-        pending = [pool.submit(rehearse_rank, text, world, rank, role) for rank, role in ranks.items()]
+    with rehearsal_pool(len(ranks)) if pool is None else nullcontext(pool) as processes:
+        pending = [processes.submit(rehearse_rank, text, world, rank, role) for rank, role in ranks.items()]
         try:
             for future in as_completed(pending):
                 done.append(future.result())

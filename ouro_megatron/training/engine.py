@@ -67,10 +67,11 @@ class Engine:
         self.keep_whole_gradients = False
         """Leave every data-parallel rank with all reduced gradients, not only its optimizer shard: to inspect them."""
         # Nothing to hide in the gate stage, whose backward runs inside forward, nor with one loop, which uses no gate.
+        # With `last_loop` no gate is used and the head is used once: Megatron would wait for gradients that never come.
         self.overlap = overlap and objective.kind == "expected_loss" and loops > 1 and context.replicas > 1
-        if objective.kind == "gate":
+        if objective.kind != "expected_loss":
             for name, parameter in lm.named_parameters():
-                parameter.requires_grad_(name.startswith("exit_gate."))
+                parameter.requires_grad_(name.startswith("exit_gate.") == (objective.kind == "gate"))
         with context.platform.megatron_calls():
             self.ddp = DistributedDataParallel(
                 config=lm.config,

@@ -33,7 +33,9 @@ def handover(state: RunState, recipe: Recipe, folder: Path) -> Iterator[str]:
         yield f"data position: goes on at sample {state.next_sample} of the same blend"
     else:
         yield f"data position: first sample, order by training.seed={recipe.training.seed} (init.data_position=false)"
-    yield f"schedule: afresh, {recipe.schedule.kind} with a warmup of {recipe.schedule.warmup}"
+    warmup = recipe.schedule.warmup
+    length = f"a warmup of {warmup}" if warmup.tokens or warmup.steps else "no warmup"
+    yield f"schedule: afresh, {recipe.schedule.kind} with {length}"
     yield "random numbers: none to carry; order of samples and new weights follow from training.seed"
     kept = []
     for path in _COMPARED:

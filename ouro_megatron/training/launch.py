@@ -28,7 +28,7 @@ from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.recipe.validate import check_recipe, ranks_needed
 from ouro_megatron.training.failure import FAILURE_FOLDER
-from ouro_megatron.training.signals import STOP_SIGNALS
+from ouro_megatron.training.signals import STOP_SIGNALS, StopSignals
 from ouro_megatron.training.worker import adopt_slurm_environment, run_worker
 
 _GRACE_SECONDS = 10.0
@@ -58,16 +58,18 @@ def train(recipe: Recipe, nproc: int | None) -> int:
     """
     adopt_slurm_environment()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        signals = StopSignals()
+        signals.install()  # before the data's sizes are read: a stop meanwhile is no failure
         check_recipe(recipe, int(os.environ["WORLD_SIZE"]))
         recipe = complete(recipe)
         check_recipe(recipe, int(os.environ["WORLD_SIZE"]))
         with _recipe_file(recipe) as file:
-            return run_worker(file)
+            return run_worker(file, signals)
     ranks = nproc or ranks_needed(recipe)
     check_recipe(recipe, ranks)
     recipe = complete(recipe)
     check_recipe(recipe, ranks)  # the schedule against a budget in epochs
-    if _is_finished(recipe):
+    if is_finished(recipe):
         print(
             f"{recipe.name} is finished: {recipe.run_folder / 'checkpoints'} holds its last step. "
             "Choose another name to train again, or a longer budget.total to go on."
@@ -77,7 +79,8 @@ def train(recipe: Recipe, nproc: int | None) -> int:
         return Ranks(recipe, file, ranks, Path(failures)).run()
 
 
-def _is_finished(recipe: Recipe) -> bool:
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the run folder holds the last step, evaluated. The recipe must be complete (data/complete.py)."""
     found = newest(recipe.run_folder / "checkpoints")
     if found is None or (step_of(found.folder) or 0) != BatchPlan(recipe).total_steps:
         return False

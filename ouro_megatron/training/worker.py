@@ -37,10 +37,14 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def run_worker(recipe_file: Path) -> int:
-    """Trains the stage in `recipe_file` as the rank the environment names; returns the exit code."""
-    signals = StopSignals()
-    signals.install()
+def run_worker(recipe_file: Path, signals: StopSignals | None = None) -> int:
+    """Trains the stage in `recipe_file` as the rank the environment names; returns the exit code.
+
+    `signals`: those that the caller installed already, early in its own start.
+    """
+    if signals is None:
+        signals = StopSignals()
+        signals.install()
     if FAILURE_FOLDER in os.environ:
         _die_with_parent()
     try:

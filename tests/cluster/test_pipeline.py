@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
+from ouro_megatron.cluster.checks import time_problems
 from ouro_megatron.cluster.pipeline import Pipeline, load_pipeline
 from ouro_megatron.cluster.script import render
-from ouro_megatron.cluster.settings import Divide, Twin
+from ouro_megatron.cluster.settings import Divide, Twin, seconds_of
 from ouro_megatron.cluster.twin import twin_of
 from ouro_megatron.data.complete import complete
 from ouro_megatron.data.indexed import check_prefix
-from ouro_megatron.errors import DataError, OuroError, RecipeError
+from ouro_megatron.errors import ClusterError, DataError, OuroError, RecipeError
 from ouro_megatron.recipe.load import dump_recipe
 from ouro_megatron.recipe.schedule import BatchPlan
 from ouro_megatron.recipe.validate import check_recipe
@@ -156,6 +157,7 @@ class Shell:
             **os.environ,
             "PATH": f"{self.programs}{os.pathsep}{os.environ['PATH']}",
             "SLURM_JOB_ID": "7",
+            "SLURM_CPUS_PER_TASK": "12",
             "SLURM_JOB_NODELIST": "n1",
         }
         return subprocess.Popen(
@@ -176,10 +178,14 @@ class Shell:
 
 def test_the_script_requeues_what_may_still_succeed(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
-    assert shell.run(75)[:2] == (75, True)
+    marker = shell.job.run_folder / "checkpoints" / "step-00000010" / "complete.json"
+    saves = f'mkdir -p "{marker.parent}"; touch "{marker}"; echo "srun $MASTER_ADDR $*" >>"{shell.calls}"; exit 75'
+    process = shell.start(saves)
+    assert "saved and stopped; requeueing" in process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and "requeue 7" in shell.calls.read_text()
     assert (
-        f"srun 10.0.0.1 --kill-on-bad-exit=0 --wait=60 .venv/bin/ouro train {shell.job.slurm_folder}/recipe.yaml"
-        in (shell.calls.read_text())
+        f"srun 10.0.0.1 --kill-on-bad-exit=0 --wait=60 --cpus-per-task=12 .venv/bin/ouro train "
+        f"{shell.job.slurm_folder}/recipe.yaml" in shell.calls.read_text()
     )
     for code in (2, 3, 4):
         assert shell.run(code)[:2] == (code, False)
@@ -196,9 +202,43 @@ def test_the_script_gives_up_after_failures_without_a_new_checkpoint(tmp_path: P
     said, _ = process.communicate(timeout=60)
     assert "failed with exit code 137 (failure 1 without" in said
     assert [shell.run(5)[1] for _ in range(2)] == [True, False]
+    aside = f'mv "{marker.parent}" "{marker.parent}.corrupt"; exit 1'
+    said, _ = shell.start(aside).communicate(timeout=60)
+    assert "failure 1 without" in said, "back at the start: the newest checkpoint is another one"
+    code, requeued, said = shell.run(1)
+    assert requeued and "failure 2 without" in said, "a damaged checkpoint that was set aside is none"
     code, requeued, said = shell.run(1)
     assert (code, requeued) == (1, False)
     assert "giving up" in said
+
+
+def test_the_script_gives_up_on_stops_before_anything_new_was_saved(tmp_path: Path) -> None:
+    """As by a time limit that is over before the start is: requeued for ever, it would use up the cluster in vain."""
+    shell = Shell(tmp_path, retries=1)
+    _, requeued, said = shell.run(75)
+    assert requeued and "stopped before it had anything new to save (failure 1 without a new checkpoint)" in said
+    code, requeued, said = shell.run(75)
+    assert (code, requeued) == (75, False) and "giving up" in said
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("1:30", 90), ("2:00:10", 7210), ("1-2", 93600), ("1-2:03", 93780), ("1-2:03:04", 93784)],
+)
+def test_times_are_read_as_sbatch_reads_them(time: str, seconds: int) -> None:
+    assert seconds_of(time) == seconds
+
+
+def test_a_time_within_the_grace_is_refused(tmp_path: Path) -> None:
+    file = pipeline_file(tmp_path, [{"recipe": recipe_file(tmp_path, "one"), "time": "0:05:00"}])
+    short = load_pipeline(file)
+    assert "one: its time limit 0:05:00 is not longer than cluster.grace_seconds=300" in next(
+        time_problems(short.jobs[0], short.cluster)
+    )
+    longer = load_pipeline(file, time="0:05:01")
+    assert not list(time_problems(longer.jobs[0], longer.cluster))
+    with pytest.raises(ClusterError, match="time limit 'soon': write hours:minutes:seconds"):
+        load_pipeline(file, time="soon")
 
 
 def test_a_cancelled_job_is_not_requeued(tmp_path: Path) -> None:

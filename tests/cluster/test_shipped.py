@@ -185,7 +185,7 @@ def test_layouts_fit_the_nodes_and_scripts_are_valid_bash(folder: str, cluster: 
         script.write_text(render(job, pipeline.cluster, pipeline.name, tmp_path))
         subprocess.run(["bash", "-n", str(script)], check=True, timeout=60)
         text = script.read_text()
-        assert ("--container-image=images/ouro.sqsh" in text) == (cluster == "container")
+        assert (f"--container-image={tmp_path}/images/ouro.sqsh" in text) == (cluster == "container")
         for option in ("--requeue", "--kill-on-invalid-dep=yes", f"--time={job.time}"):
             assert f"#SBATCH {option}\n" in text
     shellcheck = shutil.which("shellcheck")

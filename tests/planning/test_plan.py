@@ -62,14 +62,14 @@ GOLDEN = {
         ("model.layers=24", "parallel.pipeline=4"),
         (7, 6, 6, 5),
         (460_382_208, 308_330_496, 308_330_496, 357_609_473),
-        (42.939, 32.969, 29.090, 21.858),
+        (38.263, 29.383, 25.926, 19.573),
         36_842_766_336,
     ),
     "2.6B": (
         ("model.layers=48", "parallel.pipeline=4", "parallel.tensor=2", "parallel.sequence=true"),
         (13, 12, 12, 11),
         (384_409_600, 308_379_648, 308_379_648, 333_017_089),
-        (40.227, 33.234, 29.324, 23.713),
+        (35.403, 29.250, 25.809, 20.920),
         71_269_613_568,
     ),
 }
@@ -129,7 +129,7 @@ def test_more_of_each_cure_needs_less_memory(recipe_file: Path) -> None:
     assert peak("parallel.tensor=2", "parallel.sequence=true") < peak("parallel.tensor=2") < plain
     few = plan_for(load(recipe_file, "objective.chunk_tokens=256"), 8, GPUS["h100"]).memory[0].head
     many = plan_for(load(recipe_file), 8, GPUS["h100"]).memory[0].head
-    assert many - few == 2 * 2 * (1024 - 256) * 49_152
+    assert many - few == 2 * (1024 - 256) * 49_152  # bf16 logits, whose memory their gradient takes
 
 
 def test_a_layout_that_does_not_fit_says_what_to_change(recipe_file: Path) -> None:

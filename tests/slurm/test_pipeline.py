@@ -69,10 +69,10 @@ class Project:
         }
         (folder / "cluster.yaml").write_text(yaml.safe_dump(cluster))
 
-    def add(self, name: str, *, nodes: int = 1, **sections: Any) -> None:
+    def add(self, name: str, *, nodes: int = 1, time: str = "24:00:00", **sections: Any) -> None:
         recipe = tiny_recipe(self.folder, name=name, **sections)
         (self.folder / f"{name}.yaml").write_text(dump_recipe(recipe))
-        self.add_step(recipe=f"{name}.yaml", nodes=nodes)
+        self.add_step(recipe=f"{name}.yaml", nodes=nodes, time=time)
 
     def add_step(self, **step: Any) -> None:
         self.steps.append({"time": "0:30:00", **step})
@@ -205,6 +205,26 @@ def test_a_node_that_dies_during_a_save_costs_only_the_steps_since_the_one_befor
     assert any(isinstance(record, EventRecord) and record.name == "resume" for record in records)
 
 
+def test_a_stage_longer_than_the_time_limit_requeues_itself_until_it_is_done(
+    project: Project, undisturbed: list[float]
+) -> None:
+    """Nobody but Slurm signals here: it warns the ranks a minute before a limit of two."""
+    slurm = project.slurm
+    project.add("first", nodes=2, time="0:02:00", **STAGE)
+    project.add("second", init={"stage": "first"}, parallel={"data": 2}, **SMALL)
+    project.submit()
+    first, second = project.job("first"), project.job("second")
+    project.wait_for_steps("first", 8)
+    for rank in project.ranks("first"):
+        rank.suspend()  # so that it does not finish before the limit; Slurm wakes what it warns
+    wait_until(lambda: slurm.state(first) == "PENDING", 120, "Slurm's warning has come, the job is requeued")
+    assert "saved and stopped; requeueing" in project.log("first")
+    assert slurm.show(second)["Reason"] == "Dependency", "what waits for it goes on waiting"
+    assert slurm.wait(first, second, timeout=200) == {str(first): "COMPLETED", str(second): "COMPLETED"}
+    assert int(slurm.show(first)["Restarts"]) >= 1
+    assert [record.loss for record in project.done("first")] == undisturbed
+
+
 def test_a_warning_requeues_a_rank_that_dies_is_tried_again_and_cancel_saves(project: Project) -> None:
     slurm = project.slurm
     project.add("endless", budget={"total": "100000 steps"}, checkpoint={"every": "1000 steps"}, parallel={"data": 2})
@@ -248,15 +268,23 @@ def test_what_cannot_run_is_refused_with_all_reasons_before_sbatch(project: Proj
     project.add("orphan", init={"checkpoint": str(project.folder / "no-checkpoint")}, **SMALL)
     said = project.ouro("submit", "pipeline.yaml", "cluster.partition=nowhere", code=8)
     for reason in (
-        "wide: 1 nodes x 2 ranks = 2, but parallel.tensor=4 x parallel.pipeline=1 needs 4; 2 nodes would do",
-        "nowhere.idx",
+        "wide: 1 nodes x 2 ranks = 2, but parallel.tensor=4 x parallel.pipeline=1 x parallel.context=1 needs 4; 2 ",
+        f"dataless: data: these .bin/.idx pairs are missing (1): {project.folder}/nowhere; prepare them",
         "no-checkpoint, which does not exist",
-        "sbatch would refuse wide, dataless, orphan: ",
+        "sbatch would refuse wide, dataless, orphan (1 node, 2 GPUs and 2 cores each, partition nowhere, time ",
         "invalid partition",
     ):
         assert reason in said, said
     assert not project.runs.exists(), "nothing may be left behind"
     assert project.slurm.run("squeue", "-h").stdout == ""
+    project.add("fine", **SMALL)
+    only = ("--from", "fine", "--to", "fine")
+    long = project.ouro("submit", "pipeline.yaml", *only, "cluster.partition=short", "--time", "0:30:00", code=8)
+    assert "fine asks for 0:30:00, its partition's time limit is 10m 00s: it would wait for ever" in long, long
+    brief = project.ouro("submit", "pipeline.yaml", *only, "--time", "1", code=8)
+    assert "fine: its time limit 1 is not longer than cluster.grace_seconds=60" in brief
+    good = project.ouro("submit", "pipeline.yaml", *only, "cluster.partition=short", "--time", "0:10:00", "--dry-run")
+    assert "# good: 1 step to submit" in good
     assert "no step 'orfan'; did you mean 'orphan'?" in project.ouro(
         "submit", "pipeline.yaml", "--from", "orfan", code=8
     )

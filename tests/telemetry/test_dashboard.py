@@ -70,6 +70,21 @@ def test_a_pipeline_shows_the_groups_of_its_stages(tmp_path: Path) -> None:
     assert set(runs["filters"]["filters"][0]["value"]) == set(facts.groups)
 
 
+def test_the_shipped_pipeline_before_it_has_run(tmp_path: Path) -> None:
+    stages = Path(__file__).resolve().parents[2] / "stages"
+    out = tmp_path / "dashboard.json"
+    words = [OURO, "dashboard", stages / "ouro-2.6b", "--out", out]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, str(out)), done.stderr
+    definition = json.loads(out.read_text())
+    (runs,) = definition["spec"]["section"]["runSets"]
+    groups = runs["filters"]["filters"][0]["value"]
+    assert groups[:3] == ["ouro/1-warmup", "ouro/2-stable-1", "ouro/2.6b-4-stable-2"] and len(groups) == 8
+    wanted = {metric for panel in panels_of(definition) for metric in panel.get("metrics", [])}
+    assert {"loss/loop_8", "data/source_share/replay/nemotron-cc", "data/source_share/sft-chat"} <= wanted
+    assert facts_of(stages / "ouro" / "2-stable-1.yaml").loops == 8, "it begins with more loops than it ends with"
+
+
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(MetricsError):
         write_dashboard(tmp_path, None, entity=None, project=None, push=False)

@@ -6,10 +6,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot as plt
 
 from ouro_megatron.errors import MetricsError
 from ouro_megatron.telemetry.depth_colors import depth_hex, depth_rgb
-from ouro_megatron.telemetry.plots import FIGURES
+from ouro_megatron.telemetry.plots import FIGURES, draw_sources, in_short
 from ouro_megatron.telemetry.records import EventRecord, Record
 from ouro_megatron.telemetry.report import write_report
 from ouro_megatron.telemetry.run_reader import read_stages
@@ -132,6 +133,30 @@ def test_branches_begin_where_their_parent_ends(tmp_path: Path) -> None:
     assert timeline.end == 87_000 and timeline.starts == [0, 29_000, 58_000]
     assert [x for x, _ in timeline.steps(1)][:2] == [30_000, 31_000]
     assert "87k" in check(tmp_path)
+
+
+def test_names_of_branches_in_short() -> None:
+    assert in_short(["1.4b-4-stable-2", "2.6b-4-stable-2"]) == "1.4b | 2.6b: 4-stable-2"
+    assert in_short(["small", "large"]) == "small | large"
+    assert in_short(["a-x", "b-y"]) == "a-x | b-y"
+    assert in_short(["one-stage"]) == "one-stage"
+
+
+def test_the_data_of_a_stage_is_drawn_over_that_stage_alone(tmp_path: Path) -> None:
+    first = [step(n, source_share={"web-00000-of-00002": 0.25, "web-00001-of-00002": 0.75}) for n in (1, 2)]
+    second = [step(1, source_share={"chat": 0.5, "replay/web": 0.5})]
+    for name, records in (("first", first), ("second", second)):
+        run(tmp_path / name, records)
+    figure, axes = plt.subplots()
+    draw_sources(axes, Timeline.of(read_stages(tmp_path)))
+    spans = [(area.get_paths()[0].get_extents().x0, area.get_paths()[0].get_extents().x1) for area in axes.collections]
+    assert spans == [(0, 2000), (2000, 3000), (2000, 3000)]
+    assert [area.get_hatch() for area in axes.collections] == [None, None, "////"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["web", "chat", "hatched: read again"]
+    web, chat, replay = (area.get_facecolor().tolist() for area in axes.collections)
+    assert web == replay != chat
+    plt.close(figure)
 
 
 def test_a_stage_whose_parents_are_elsewhere_begins_at_their_tokens(tmp_path: Path) -> None:

@@ -90,8 +90,8 @@ def stored(file: Path) -> Iterator[Any]:
 
 
 def test_offline_files_hold_group_attempt_config_and_metrics(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("name: a run")
-    for _ in range(2):
+    for number in (1, 2):
+        (tmp_path / "recipe.yaml").write_text(f"name: a run\n# as of attempt {number}")
         assert run(tmp_path, "offline") == []
     attempts = json.loads((tmp_path / "wandb-attempts.json").read_text())
     assert len({attempt["id"] for attempt in attempts}) == 2
@@ -110,6 +110,7 @@ def test_offline_files_hold_group_attempt_config_and_metrics(tmp_path: Path) -> 
         assert len(rows) == 4
         saved = [f.path for r in records if r.WhichOneof("record_type") == "files" for f in r.files.files]
         assert "recipe.yaml" in saved
+        assert f"attempt {number}" in (file.parent / "files" / "recipe.yaml").read_text(), "not what a later one wrote"
 
 
 KILL_SERVICE = """

@@ -1,5 +1,6 @@
 """A dry run: real construction and schedule on shapes, and the comparison of ranks that it rests on."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from ouro_megatron.errors import DataError, RecipeError, TrainingError
 from ouro_megatron.parallel.collective_log import Call, disagreements
 from ouro_megatron.planning.layout import layout_of
-from ouro_megatron.training.dry_run import check_dry_run_options, dry_run, ranks_to_try, rehearse
+from ouro_megatron.planning.run import PlanRequest, run_plan
+from ouro_megatron.training.dry_run import check_dry_run_options, dry_run, ranks_to_try, rehearsal_pool, rehearse
 from tests.tiny import tiny_recipe
 
 GROUP = (0, 1)
@@ -54,7 +56,7 @@ def test_a_thousand_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         parallel={"tensor": 2, "pipeline": 2, "sequence": True, "layers": [3, 1]},
         batch={"global_tokens": 256 * 2 * 32, "microbatch": 1},
     )
-    dry_run(recipe, 1024, workers=2)
+    dry_run(recipe, 1024)
     shown = capsys.readouterr().out
     assert "agree in group, order, shape and type" in shown and "data.train: 1 sources" in shown
     assert "6 ranks of 1024" in shown
@@ -118,6 +120,27 @@ def test_refused_before_any_process_starts(tmp_path: Path) -> None:
     lost = tiny_recipe(tmp_path, data={"train": [{"path": str(tmp_path / "gone"), "weight": 1}]})
     with pytest.raises(DataError, match="gone"):
         dry_run(lost, 1)
+
+
+def test_a_budget_in_epochs_is_counted_where_the_data_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = str(tmp_path / "train")
+    recipe = tiny_recipe(
+        tmp_path,
+        budget={"total": None, "epochs": 2},
+        data={"train": [{"path": prefix}, {"path": str(tmp_path / "held-out")}]},
+        schedule={"kind": "constant", "warmup": 0},
+    )
+    with rehearsal_pool(1) as pool:
+        dry_run(recipe, 1, pool=pool)
+        assert re.search(r"[\d.]+k? tokens take ", capsys.readouterr().out)
+        dry_run(recipe, 1, data=False, pool=pool)
+    assert "depends on data.train, which was not read: budget.epochs counts its tokens" in capsys.readouterr().out
+    run_plan(recipe, PlanRequest(1, "h100"))
+    assert "tokens take" in " ".join(capsys.readouterr().out.split())
+    Path(f"{prefix}.bin").unlink()
+    run_plan(recipe, PlanRequest(1, "h100", search=True))
+    run_plan(recipe, PlanRequest(1, "h100"))
+    assert "depends on data.train" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_rank_that_cannot_run_is_named(tmp_path: Path) -> None:
