@@ -17,7 +17,7 @@ from ouro_megatron.parallel.context import ParallelContext, create_context
 from ouro_megatron.planning.layout import Layout
 from ouro_megatron.planning.memory import gather_buffer, layer_bytes
 from ouro_megatron.recipe.schema import ModelSection, ParallelSection, Recompute
-from ouro_megatron.training.engine import context_part
+from ouro_megatron.training.microbatch import context_part
 from tests.distributed.ranks import run_ranks
 
 MODEL = ModelSection(layers=1, hidden=64, heads=4, kv_heads=2, ffn=176, vocab=128, loops=2)
