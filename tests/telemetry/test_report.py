@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def run(folder: Path, records: list[Record] | None = None) -> Path:
+def run(folder: Path, records: Sequence[Record] | None = None) -> Path:
     write(
         folder, records or [*(step(n) for n in range(1, 30)), evaluation(29), EventRecord(29, "checkpoint", "<saved>")]
     )
