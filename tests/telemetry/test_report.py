@@ -47,7 +47,9 @@ class Page(HTMLParser):
 
 def run(folder: Path, records: Sequence[Record] | None = None) -> Path:
     write(
-        folder, records or [*(step(n) for n in range(1, 30)), evaluation(29), EventRecord(29, "checkpoint", "<saved>")]
+        folder,
+        list(records or ())
+        or [*(step(n) for n in range(1, 30)), evaluation(29), EventRecord(29, "checkpoint", "<saved>")],
     )
     return folder
 
