@@ -96,12 +96,13 @@ def held_out_tokens(sequences: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="folder of the pictures")
-    parser.add_argument("--sequences", type=int, default=16, help="held-out sequences of 128 tokens")
-    parser.add_argument("--only", nargs="*", help="names of the ways to train")
+    parser.add_argument("--sequences", type=int, default=8, help="held-out sequences of 128 tokens")
+    parser.add_argument("--only", nargs="*", help="train these ways and stop")
+    parser.add_argument("--no-training", action="store_true", help="measure and draw what was trained so far")
     parser.add_argument("overrides", nargs="*", help="key.path=value for every training")
     arguments = parser.parse_args()
     for way in WAYS:
-        if not arguments.only or way.name in arguments.only:
+        if not arguments.no_training and (not arguments.only or way.name in arguments.only):
             train(way, arguments.overrides)
     if arguments.only:
         return

@@ -29,13 +29,17 @@ MEASURES = {
     "logits": "error of the logits",
     "kl": "KL of the next token, nats",
     "gradient": "error of the gradient",
-    "cosine": "cosine of the gradient",
 }
 
 
 def report(numbers: dict[str, Any], out: Path) -> None:
     """Prints Markdown tables and draws fp8-curves.png and fp8-loops.png into `out`."""
-    curves = {name: numbers["curves"][name] for name in SHOWN if name in numbers["curves"]}
+    finished = max(len(curve["train"]) for curve in numbers["curves"].values())
+    curves = {
+        name: numbers["curves"][name]
+        for name in SHOWN
+        if name in numbers["curves"] and len(numbers["curves"][name]["train"]) == finished
+    }
     print(curve_table(curves))
     for measure, title in MEASURES.items():
         print(f"\n{title}\n\n{error_table(numbers['errors'], measure)}")
@@ -105,15 +109,15 @@ def draw_loops(errors: dict[str, Any], path: Path) -> None:
     from ouro_megatron.telemetry.plot_style import STYLE
 
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
+        figure, axes = plt.subplots(1, 3, figsize=(11, 4.0))
         for axis, measure in zip(axes, ("state", "logits", "gradient"), strict=True):
             for name, row in errors.items():
                 values = row[measure]
                 axis.plot(
                     range(1, len(values) + 1), values, marker="o", markersize=3, color=COLOURS[name], label=SHOWN[name]
                 )
-            axis.set(title=f"Relative {MEASURES[measure]}", xlabel="loop", yscale="log")
-        axes[0].legend()
-        figure.tight_layout()
+            axis.set(title=f"Relative {MEASURES[measure]}", xlabel="loop", ylim=(0.0, None))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(errors))
+        figure.tight_layout(rect=(0, 0.07, 1, 1))
         figure.savefig(path)
         plt.close(figure)

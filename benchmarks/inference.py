@@ -3,9 +3,10 @@
     python benchmarks/inference.py
 
 Random weights (8 layers x hidden 512, 4 loops), greedy, equal prompts, a fixed number of new tokens, the same
-number of threads; transformers with its cache and scaled_dot_product_attention. Processes of the two alternate; medians
-and their ratios are printed. Memory is the growth of the process's
-resident memory over what it had with the model loaded, for long prompts, where the cache is what grows.
+number of threads; transformers with its cache and scaled_dot_product_attention. Each system lives in a process of its
+own and the two take turns, one generation each, so that both see the same machine; medians of the times and of the
+ratio within a turn are printed. Memory is the growth of the process's resident memory over what it had with the model
+loaded, for long prompts, where the cache is what grows.
 """
 
 import argparse
@@ -25,16 +26,25 @@ from typing import Any
 from ouro_megatron.recipe.schema import ModelSection
 
 MODEL = ModelSection(layers=8, hidden=512, heads=8, ffn=1408, vocab=32_000, loops=4)
-PROMPT, NEW, CONTEXT = 32, 32, 2048
-POLICIES = ["all", "step=2", "q=0.5", "q=0.8", "expected"]
-TRANSFORMERS: dict[str, dict[str, Any]] = {
+PROMPT, NEW, CONTEXT = 32, 16, 2048
+CASES: dict[str, dict[str, Any]] = {
     "all": {},
     "step=2": {"exit_at_step": 1},
     "q=0.5": {"exit_threshold": 0.5},
     "q=0.8": {"exit_threshold": 0.8},
     "expected": {"use_weighted_exit": True},
+    "change=0.5": {},
+    "all last copy": {},
+    "all first copy": {},
+    "all average copy": {},
+    "q=0.5 all copy": {"exit_threshold": 0.5},
+    "q=0.5 all run": {"exit_threshold": 0.5},
+    "q=0.5 last copy": {"exit_threshold": 0.5},
 }
-LONG_BATCH, LONG_PROMPT = 4, 1024
+"""Ours (exit policy, cache policy, what becomes of skipped loops) -> what transformers is told. It has neither an exit
+by change nor a smaller cache: it then runs all loops with its own."""
+POLICIES = ("all", "step=2", "q=0.5", "expected")
+LONG_BATCH, LONG_PROMPT = 4, 512
 
 
 def write_model(folder: Path) -> None:
@@ -81,39 +91,33 @@ def _resident() -> float:
     raise AssertionError("no VmRSS")
 
 
-def measure(system: str, folder: Path, dtype: str, cases: list[str], size: dict[str, int]) -> dict[str, Any]:
-    """Runs in the child: for each case the seconds of each generation after a short one to warm up, and the depth.
-
-    A case is an exit policy, and for ours a cache policy and what becomes of skipped loops: "q=0.5 all later". `size`:
-    batch, length of the prompts, new tokens, repeats, threads.
-    """
+def serve(system: str, folder: Path, dtype: str, batch: int, threads: int) -> None:
+    """The child: reads [case, prompt length, new tokens] a line, answers with seconds, depth and memory in MiB."""
     import torch
 
-    torch.set_num_threads(size["threads"])
-    batch = size["batch"]
-    generator = (_ours if system == "ours" else _transformers)(folder, dtype, batch)
-    found: dict[str, Any] = {}
-    for case in cases:
-        policy, *options = case.split()
-        generate = generator(policy, options)
-        generate(prompts(batch, 8), 4)
-        before = _resident()
-        wall, cpu, depth = [], [], 0.0
-        for _ in range(size["repeats"]):
-            started, worked = time.perf_counter(), time.process_time()
-            depth = generate(prompts(batch, size["length"]), size["new"])
-            wall.append(time.perf_counter() - started)
-            cpu.append(time.process_time() - worked)
+    torch.set_num_threads(threads)
+    make = (_ours if system == "ours" else _transformers)(folder, dtype, batch)
+    made: tuple[str, Generate] | None = None
+    base = 0.0
+    print("ready", flush=True)
+    for line in sys.stdin:
+        case, length, new = json.loads(line)
+        if made is None or made[0] != case:
+            made = (case, make(case))
+            made[1](prompts(batch, 8), 4)
+            base = _resident()
+        wall, cpu = time.perf_counter(), time.process_time()
+        depth = made[1](prompts(batch, length), new)
+        found = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "depth": depth}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        found[case] = {"wall": wall, "cpu": cpu, "depth": depth, "peak": peak - before, "kept": _resident() - before}
-    return found
+        print(json.dumps({**found, "peak": peak - base, "kept": _resident() - base}), flush=True)
 
 
 Generate = Callable[[list[list[int]], int], float]
 """Prompts and a number of new tokens -> mean depth."""
 
 
-def _ours(folder: Path, dtype: str, batch: int) -> Callable[[str, list[str]], Generate]:
+def _ours(folder: Path, dtype: str, batch: int) -> Callable[[str], Generate]:
     from ouro_megatron.checkpoint.load import load_for_inference
     from ouro_megatron.inference.engine import Engine, EngineSettings
     from ouro_megatron.inference.exit_policy import ExitPolicy
@@ -122,10 +126,10 @@ def _ours(folder: Path, dtype: str, batch: int) -> Callable[[str, list[str]], Ge
     from ouro_megatron.inference.weights import take_weights
 
     model = load_for_inference(folder)
-    weights = take_weights(model.lm, DTYPES[dtype])
+    weights = take_weights(model.lm, DTYPES[dtype], batch)
 
-    def make(policy: str, options: list[str]) -> Generate:
-        cache, skipped = options or ["all", "later"]
+    def make(case: str) -> Generate:
+        policy, cache, skipped = [*case.split(), "all", "later"][:3]
         settings = EngineSettings(batch, CONTEXT, MODEL.loops, cache, skipped)  # type: ignore[arg-type]
         engine = Engine(make_runner(weights, settings, model.context), settings, None, MODEL.vocab)
 
@@ -143,7 +147,7 @@ def _ours(folder: Path, dtype: str, batch: int) -> Callable[[str, list[str]], Ge
     return make
 
 
-def _transformers(folder: Path, dtype: str, batch: int) -> Callable[[str, list[str]], Generate]:
+def _transformers(folder: Path, dtype: str, batch: int) -> Callable[[str], Generate]:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -156,7 +160,7 @@ def _transformers(folder: Path, dtype: str, batch: int) -> Callable[[str, list[s
     ).eval()
     kept: list[Any] = []
 
-    def make(policy: str, options: list[str]) -> Generate:
+    def make(case: str) -> Generate:
         @torch.inference_mode()
         def generate(ids: list[list[int]], new: int) -> float:
             tokens = torch.tensor(ids)
@@ -168,7 +172,7 @@ def _transformers(folder: Path, dtype: str, batch: int) -> Callable[[str, list[s
                 do_sample=False,
                 use_cache=True,
                 return_dict_in_generate=True,
-                **TRANSFORMERS[policy],
+                **CASES[case],
             )
             assert made.sequences.shape == (len(ids), len(ids[0]) + new)
             # As ours, the cache is still there when the memory is read.
@@ -180,101 +184,122 @@ def _transformers(folder: Path, dtype: str, batch: int) -> Callable[[str, list[s
     return make
 
 
-def child(folder: Path, system: str, dtype: str, cases: list[str], **size: int) -> dict[str, Any]:
-    """`measure` in a fresh process."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(size["threads"]),
-        "HF_HOME": str(folder / "hf"),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-    }
-    task = json.dumps([system, str(folder), dtype, cases, size])
-    done = subprocess.run([sys.executable, __file__, "--child", task], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{system} {dtype} {cases}:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+class System:
+    """One of the two in a process of its own, asked for one generation at a time."""
+
+    def __init__(self, system: str, folder: Path, dtype: str, batch: int, threads: int) -> None:
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HOME": str(folder / "hf"),
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+        }
+        task = json.dumps([system, str(folder), dtype, batch, threads])
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--child", task],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._name = f"{system} {dtype} batch {batch}"
+        while self._line() != "ready":
+            pass
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self._name} ended with exit code {self._process.wait()}: run its --child to see why")
+        return line.strip()
+
+    def generate(self, case: str, length: int, new: int) -> dict[str, float]:
+        """Seconds (wall, cpu), mean depth, memory (peak, kept) of one generation, after a short one for a new case."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([case, length, new]) + "\n")
+        self._process.stdin.flush()
+        found: dict[str, float] = json.loads(self._line())
+        return found
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
-def rates(runs: list[dict[str, Any]], case: str, tokens: int) -> tuple[float, float]:
-    """Median tokens a second of wall time and of processor time."""
-    wall, cpu = ([tokens / seconds for run in runs for seconds in run[case][key]] for key in ("wall", "cpu"))
-    return statistics.median(wall), statistics.median(cpu)
-
-
-def speed(folder: Path, dtypes: list[str], batches: list[int], rounds: int, **size: int) -> None:
+def speed(folder: Path, dtypes: list[str], batches: list[int], cases: list[str], repeats: int, threads: int) -> None:
     """Table of tokens a second by policy."""
     print(
-        f"\ntokens/s, {size['threads']} threads, prompt {PROMPT}, {NEW} new tokens a sequence; medians of "
-        f"{rounds * size['repeats']} in {rounds} processes; beside it, the ratio of tokens per second of processor time"
+        f"\ntokens/s, {threads} threads, prompt {PROMPT}, {NEW} new tokens a sequence; medians of {repeats} turns; "
+        "cpu: the ratio of tokens per second of processor time"
     )
     print(
-        f"{'dtype':6}{'batch':>6}  {'exit':10}{'ours':>9}{'transformers':>14}{'ratio':>8}{'cpu':>8}{'mean depth':>12}"
+        f"{'dtype':6}{'batch':>6}  {'exit, cache, skipped':22}{'ours':>9}{'transformers':>14}{'ratio':>8}{'cpu':>8}",
+        end="",
     )
+    print(f"{'depth':>7}")
     for dtype in dtypes:
         for batch in batches:
-            shape = {"batch": batch, "length": PROMPT, "new": NEW, **size}
-            ours, theirs = [], []
-            for _ in range(rounds):
-                ours.append(child(folder, "ours", dtype, POLICIES, **shape))
-                theirs.append(child(folder, "transformers", dtype, POLICIES, **shape))
-            for policy in POLICIES:
-                (wall, cpu), (their_wall, their_cpu) = (rates(runs, policy, batch * NEW) for runs in (ours, theirs))
+            ours, theirs = (System(name, folder, dtype, batch, threads) for name in ("ours", "transformers"))
+            for case in cases:
+                turns = [(ours.generate(case, PROMPT, NEW), theirs.generate(case, PROMPT, NEW)) for _ in range(repeats)]
+                rates = [statistics.median(batch * NEW / turn[side]["wall"] for turn in turns) for side in (0, 1)]
+                wall, cpu = (statistics.median(b[key] / a[key] for a, b in turns) for key in ("wall", "cpu"))
                 print(
-                    f"{dtype:6}{batch:6d}  {policy:10}{wall:9.1f}{their_wall:14.1f}{wall / their_wall:7.2f}x"
-                    f"{cpu / their_cpu:7.2f}x{ours[0][policy]['depth']:12.2f}",
+                    f"{dtype:6}{batch:6d}  {case:22}{rates[0]:9.1f}{rates[1]:14.1f}{wall:7.2f}x{cpu:7.2f}x"
+                    f"{turns[0][0]['depth']:7.2f}",
                     flush=True,
                 )
+            ours.close()
+            theirs.close()
 
 
-def forms(folder: Path, dtype: str, batch: int, rounds: int, **size: int) -> None:
-    """What the cache policies and the ways to treat skipped loops cost and save, within this project."""
-    cases = ["q=0.5 all later", "q=0.5 all copy", "q=0.5 all run", "q=0.5 last copy", "q=0.5 first copy"]
-    cases += ["q=0.5 average copy", "change=0.5 all later", "all all later", "all last copy", "all average copy"]
-    print(f"\nours, {dtype}, batch {batch}: tokens/s by exit, cache policy and what becomes of skipped loops")
-    shape = {"batch": batch, "length": PROMPT, "new": NEW, **size}
-    runs = [child(folder, "ours", dtype, cases, **shape) for _ in range(rounds)]
-    for case in cases:
-        print(
-            f"  {case:22}{rates(runs, case, batch * NEW)[0]:9.1f}   mean depth {runs[0][case]['depth']:.2f}", flush=True
-        )
-
-
-def memory(folder: Path, dtype: str, **size: int) -> None:
+def memory(folder: Path, dtype: str, threads: int) -> None:
     """Growth of resident memory with the cache of long prompts, each case in a process of its own."""
-    print(f"\nmemory in MiB, {dtype}, batch {LONG_BATCH}, prompt {LONG_PROMPT}, 8 new tokens: at the end / at the peak")
-    shape = {**size, "batch": LONG_BATCH, "length": LONG_PROMPT, "new": 8, "repeats": 1}
-    cases = [("transformers", "all"), *(("ours", f"all {form}") for form in ("all later", "last copy", "first copy"))]
-    for system, case in [*cases, ("ours", "all average copy")]:
-        run = child(folder, system, dtype, [case], **shape)[case]
-        print(f"  {system:13}{case:18}{run['kept']:8.0f} / {run['peak']:.0f}   {run['wall'][0]:.2f} s", flush=True)
+    print(
+        f"\ngrowth of memory in MiB, {dtype}, batch {LONG_BATCH}, prompt {LONG_PROMPT}, 8 new tokens: "
+        "at the end / at the peak"
+    )
+    print(f"{'exit, cache, skipped':22}{'ours':>14}{'transformers':>16}")
+    for case in ("all", "step=2", "q=0.5", "expected", "all last copy", "all first copy", "all average copy"):
+        cells = []
+        for name in ("ours", "transformers"):
+            # A smaller cache is ours alone.
+            if name == "transformers" and case not in POLICIES:
+                cells.append("-")
+                continue
+            system = System(name, folder, dtype, LONG_BATCH, threads)
+            run = system.generate(case, LONG_PROMPT, 8)
+            system.close()
+            cells.append(f"{run['kept']:.0f} / {run['peak']:.0f}")
+        print(f"{case:22}{cells[0]:>14}{cells[1]:>16}", flush=True)
 
 
 def main() -> None:
     """Writes the model, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])
-    parser.add_argument("--parts", nargs="+", default=["speed", "forms", "memory"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--parts", nargs="+", choices=["speed", "memory"], default=["speed", "memory"])
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        system, folder, dtype, cases, size = json.loads(arguments.child)
-        print(json.dumps(measure(system, Path(folder), dtype, cases, size)))
+        system, folder, dtype, batch, threads = json.loads(arguments.child)
+        serve(system, Path(folder), dtype, batch, threads)
         return
-    size = {"repeats": arguments.repeats, "threads": arguments.threads}
     with tempfile.TemporaryDirectory(prefix="ouro-benchmark-") as name:
         write_model(Path(name))
         if "speed" in arguments.parts:
-            speed(Path(name), arguments.dtypes, arguments.batches, arguments.rounds, **size)
-        if "forms" in arguments.parts:
-            forms(Path(name), arguments.dtypes[0], arguments.batches[-1], arguments.rounds, **size)
+            cases = arguments.cases, arguments.repeats, arguments.threads
+            speed(Path(name), arguments.dtypes, arguments.batches, *cases)
         if "memory" in arguments.parts:
-            memory(Path(name), arguments.dtypes[0], **size)
+            for dtype in arguments.dtypes:
+                memory(Path(name), dtype, arguments.threads)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ added to an fp32 buffer as Megatron keeps it. The coefficients c (exit probabili
 
     ours        one-pass chunked head of this project
     logits      materialised logits and torch's cross_entropy, autograd
-    torch       torch.nn.functional.linear_cross_entropy, chunked (torch 2.13)
+    torch       torch.nn.functional.linear_cross_entropy (torch 2.13), in chunks of the same size as ours
+    torch-auto  the same with chunks of torch's choice; only when asked for (--only): on a CPU, with few tokens and a
+                large vocabulary, that is one token at a time
     liger       Liger kernel's fused linear cross-entropy (CUDA, when installed)
     cce         Apple's cut cross-entropy (CUDA, when installed)
 
@@ -38,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-SYSTEMS = ("ours", "logits", "torch", "liger", "cce")
+SYSTEMS = ("ours", "logits", "torch", "torch-auto", "liger", "cce")
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,17 @@ def _logits(problem: Problem, state: Tensor) -> Tensor:
 
 
 def _torch(problem: Problem, state: Tensor) -> Tensor:
-    return F.linear_cross_entropy(
-        state,
-        problem.weight,
-        problem.labels,
-        reduction="sum" if problem.plain else "none",
-        options=torch.nn.LinearCrossEntropyOptions(),
-    )
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=problem.chunk, chunking_method=None)
+    return _torch_with(options, problem, state)
+
+
+def _torch_auto(problem: Problem, state: Tensor) -> Tensor:
+    return _torch_with(torch.nn.LinearCrossEntropyOptions(), problem, state)
+
+
+def _torch_with(options: torch.nn.LinearCrossEntropyOptions, problem: Problem, state: Tensor) -> Tensor:
+    reduction = "sum" if problem.plain else "none"
+    return F.linear_cross_entropy(state, problem.weight, problem.labels, reduction=reduction, options=options)
 
 
 def _liger(problem: Problem, state: Tensor) -> Tensor:
@@ -128,6 +134,7 @@ STEPS: dict[str, Callable[[Problem], Tensor]] = {
     "ours": _ours,
     "logits": _with(_logits),
     "torch": _with(_torch),
+    "torch-auto": _with(_torch_auto),
     "liger": _with(_liger),
     "cce": _with(_cce),
 }
@@ -178,7 +185,10 @@ def _peak(cuda: bool) -> float:
 
 def runnable(arguments: argparse.Namespace) -> list[str]:
     """The systems that this device and these packages can run; says why others are left out."""
-    wanted = [name for name in SYSTEMS if arguments.only is None or name in arguments.only]
+    wanted = [name for name in SYSTEMS if (name in arguments.only if arguments.only else name != "torch-auto")]
+    if not hasattr(F, "linear_cross_entropy"):
+        wanted = [name for name in wanted if not name.startswith("torch")]
+        print("left out: torch (linear_cross_entropy needs torch 2.13)")
     for name, package in (("liger", "liger_kernel"), ("cce", "cut_cross_entropy")):
         why = "needs CUDA" if arguments.device == "cpu" else ""
         if not why and importlib.util.find_spec(package) is None:

@@ -63,7 +63,7 @@ def layout_on(device: str, **changes: object) -> Layout:
         model=model,
         sequence=4096 if device == "cuda" else 512,
         microbatch=1,
-        microbatches=2,
+        microbatches=1,
         tensor=1,
         pipeline=1,
         data=1,

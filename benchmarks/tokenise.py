@@ -41,8 +41,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--megatron", type=Path, help="checkout of Megatron-LM")
     parser.add_argument("--megatron-python", type=Path, default=Path("python3"))
     parser.add_argument("--datatrove-python", type=Path)
+    parser.add_argument(
+        "--memory",
+        type=_shape,
+        nargs="+",
+        default=[(50, 0), (200, 0), (500, 0), (120, 1), (120, 6), (120, 60)],
+        metavar="MB:MILLIONS",
+        help="text to measure the memory with, and millions of characters a document; 0: of the web's size",
+    )
     parser.add_argument("--parts", nargs="+", default=["core", "tools", "memory", "stages"])
     return parser.parse_args()
+
+
+def _shape(word: str) -> tuple[float, float]:
+    megabytes, millions = word.split(":")
+    return float(megabytes), float(millions)
 
 
 def main() -> None:
@@ -154,20 +167,14 @@ def _digest(files: Sequence[Path]) -> str:
 def memory(given: argparse.Namespace, tokenizer: Path, work: Path) -> None:
     """Peak of all processes together, for more text and for longer documents."""
     print(f"\n## Peak memory of ouro data prepare, {given.workers} workers\n")
-    for megabytes, characters in (
-        (50, None),
-        (200, None),
-        (500, None),
-        (100, 1_000_000),
-        (100, 5_000_000),
-        (100, 20_000_000),
-    ):
+    for megabytes, millions in given.memory:
+        characters = int(millions * 1e6) or None
         files = write_corpus(work / "memory", given.text, megabytes, characters=characters)
         run, _ = tools.ours(files, tokenizer, work / "out", given.workers)
         shape = (
             f"documents of {characters / 1e6:.0f} million characters" if characters else "documents of the web's size"
         )
-        print(f"{megabytes:5} MB, {shape:40} {run.peak_mib:7.0f} MiB  {megabytes / run.seconds:6.1f} MB/s")
+        print(f"{megabytes:5.0f} MB, {shape:40} {run.peak_mib:7.0f} MiB  {megabytes / run.seconds:6.1f} MB/s")
         shutil.rmtree(work / "out")
         shutil.rmtree(work / "memory")
 

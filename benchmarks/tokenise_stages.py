@@ -1,6 +1,5 @@
 """Where the time of one worker goes: each stage of a shard run alone over the same text."""
 
-import hashlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import numpy as np
 from data_prep.byte_level import ByteLevelEncoder
 from data_prep.formats.files import File
 from data_prep.formats.lines import parse_object, read_lines
-from data_prep.shards import content_of, is_held_out, refuse
+from data_prep.shards import content_hash, refuse
 from data_prep.sources.base import Document
 from data_prep.writer import PairWriter, token_dtype
 from ouro_megatron.data.tokenizer import load_tokenizer
@@ -37,10 +36,8 @@ def stages(path: Path, tokenizer_folder: Path) -> None:
     rows = timed("parse JSON", lambda: [parse_object(line) or {} for line in lines])
     documents = [Document(row["text"], row["text"]) for row in rows]
     size = sum(len(document.text.encode()) for document in documents)
-    timed(
-        "digest of each document", lambda: [hashlib.blake2b(content_of(d), digest_size=16).digest() for d in documents]
-    )
-    timed("draw what is held out", lambda: [is_held_out(document.key, 0.01) for document in documents])
+    timed("digest of each document", lambda: [content_hash(document) for document in documents])
+    timed("draw what is held out", lambda: [document.is_below(0.01) for document in documents])
     timed("split into words", lambda: [encoder.split(document.text) for document in documents])
     batches = [documents[at : at + 64] for at in range(0, len(documents), 64)]
     # Strings keep their UTF-8 from the split, so what is left is finding the words' ids.

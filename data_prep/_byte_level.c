@@ -3,8 +3,9 @@
  * A text is cut into words by the rules of
  *     's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
  * inside the pieces that isolated digits leave; each word goes through a cache of words seen before, and on a miss
- * through the merges. All memory but the buffers of the text at hand is of fixed size. Nothing here knows Unicode:
- * the class of each character comes from Python (data_prep/character_classes.py).
+ * through the merges. `encode_batch` holds the ids of its texts, `encode_long` hands them out in pieces while it walks;
+ * all other memory is of fixed size, whatever the text. Nothing here knows Unicode: the class of each character comes
+ * from Python (data_prep/character_classes.py).
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -15,6 +16,7 @@
 enum { OTHER = 0, LETTER = 1, NUMBER = 2, SPACE = 3, DIGIT = 4 };
 
 #define CHARACTERS 0x110000
+#define CLASSES 0x200000 /* what four bytes can spell: no text, however broken, leads out of the table */
 #define NO_RANK UINT32_MAX
 #define SHORT_WORD 15   /* bytes of a word that fits into a cache key */
 #define LONG_WORD 512   /* longer words are not kept: they hardly ever come again */
@@ -23,6 +25,8 @@ enum { OTHER = 0, LETTER = 1, NUMBER = 2, SPACE = 3, DIGIT = 4 };
 #define ARENA_IDS (1u << 20) /* uint32 in each arena */
 #define LONG_BITS 14
 #define KEPT_SCRATCH (1u << 22) /* bytes of scratch that outlive the text they were needed for */
+#define UNSETTLED 32 /* ids at the end of a window that what follows may change */
+#define PIECE_IDS (1u << 18) /* ids after which `encode_long` hands them out */
 
 typedef struct {
     uint64_t key[2]; /* the word's bytes, zero-filled; the last byte is its length, 0 for an empty slot */
@@ -45,7 +49,7 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    uint8_t *classes;         /* [CHARACTERS] */
+    uint8_t *classes;         /* [CLASSES] */
     uint32_t byte_ids[256];
     uint32_t *byte_ranks;     /* [256 * 256], rank of the merge of two single bytes */
     uint8_t *may_cross;       /* [256 * 256], 1 when a merge joins a token that ends in the first byte and one that
@@ -53,6 +57,8 @@ typedef struct {
     MergeSlot *merges;
     uint64_t merge_mask;
     uint32_t *merged_of_rank;
+    uint32_t *bytes_of_id;
+    size_t window;            /* bytes of a word that are merged at one time */
     ShortSlot *short_words;   /* buckets of two */
     unsigned short_shift;
     size_t short_buckets;
@@ -248,6 +254,73 @@ static Py_ssize_t merge_long(Encoder *self, const uint8_t *word, size_t length, 
     return (Py_ssize_t)count;
 }
 
+/* Whether the bytes of two tokens, merged alone, give these two again: 1, 0, or -1 with an exception. */
+static int seam_holds(Encoder *self, const uint8_t *bytes, uint32_t left, uint32_t right)
+{
+    size_t length = (size_t)self->bytes_of_id[left] + self->bytes_of_id[right];
+    uint32_t few[SCAN_SYMBOLS], *ids = few;
+    Py_ssize_t count;
+    if (length <= SCAN_SYMBOLS) {
+        count = (Py_ssize_t)merge_short(self, bytes, length, few);
+    } else {
+        if (!(ids = malloc(length * sizeof(uint32_t)))) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        count = merge_long(self, bytes, length, ids);
+    }
+    int holds = count < 0 ? -1 : count == 2 && ids[0] == left && ids[1] == right;
+    if (ids != few)
+        free(ids);
+    return holds;
+}
+
+/* `merge_long` in windows, with the same ids and memory that does not grow with the word.
+ *
+ * Why they are the same. Let the merges of u give tokens that end in a, those of v tokens that begin with b, and those
+ * of the bytes of a and b alone give a, b again. Then those of uv give the tokens of u, then those of v. For suppose
+ * that merging uv joins something across the seam, and look at the first time it does. Until then both sides were
+ * merged as if they were alone, as the lowest rank of all is the lowest of its own side; and no merge of u crossed the
+ * beginning of a, as a is one of its tokens; likewise for b and v. So within the bytes of a and b the merges were those
+ * that these bytes see alone, in the same order, and the one across the seam, the lowest of all, comes next there too.
+ * But it does not come there. By the same argument a run of neighbouring tokens of u is what its own bytes give, so
+ * what is settled can be any beginning of a window. */
+static int encode_windows(Encoder *self, const uint8_t *word, size_t length)
+{
+    uint32_t *out = self->out + self->out_used;
+    size_t done = 0, count = 0, furthest = 0, window = self->window, back = 1;
+    for (;;) {
+        size_t taken = length - done < window ? length - done : window;
+        Py_ssize_t found = merge_long(self, word + done, taken, out + count);
+        if (found < 0)
+            return -1;
+        if (count > 0) {
+            int holds = seam_holds(self, word + done - self->bytes_of_id[out[count - 1]], out[count - 1], out[count]);
+            if (holds < 0)
+                return -1;
+            if (!holds) { /* try an earlier seam, and more of what follows */
+                for (size_t i = 0; i < back && count > 0; i++)
+                    done -= self->bytes_of_id[out[--count]];
+                back *= 2;
+                window *= 2;
+                continue;
+            }
+        }
+        if (done + taken == length) {
+            self->out_used += count + (size_t)found;
+            return 0;
+        }
+        size_t unsettled = (size_t)found / 2 < UNSETTLED ? (size_t)found / 2 : UNSETTLED;
+        for (size_t i = unsettled; i < (size_t)found; i++)
+            done += self->bytes_of_id[out[count++]];
+        back = 1;
+        if (done > furthest) { /* only then, so that it comes to an end */
+            furthest = done;
+            window = self->window;
+        }
+    }
+}
+
 /* ---- words: cache, then merges ---- */
 
 /* Place of `count` uint32 in the arena of the short or the long words, which are forgotten when it is full. */
@@ -327,6 +400,8 @@ static uint64_t hash_bytes(const uint8_t *word, size_t length)
 static int encode_long(Encoder *self, const uint8_t *word, size_t length)
 {
     uint32_t *out = self->out + self->out_used;
+    if (length > self->window)
+        return encode_windows(self, word, length);
     if (length > LONG_WORD) {
         Py_ssize_t count = merge_long(self, word, length, out);
         if (count < 0)
@@ -425,8 +500,47 @@ static inline size_t contraction(const uint8_t *p, const uint8_t *end)
     return 0;
 }
 
-/* Walks over the words of a text; with `only_split` keeps where each ends instead of its ids. */
-static inline __attribute__((always_inline)) int walk(Encoder *self, const uint8_t *p, size_t length, int only_split)
+static int reserve_out(Encoder *self, size_t more)
+{
+    size_t needed = self->out_used + more + INLINE_IDS;
+    if (needed <= self->out_size)
+        return 0;
+    size_t size = self->out_size * 2 > needed ? self->out_size * 2 : needed;
+    uint32_t *grown = realloc(self->out, size * sizeof(uint32_t));
+    if (!grown) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    self->out = grown;
+    self->out_size = size;
+    return 0;
+}
+
+/* Hands the ids so far to `sink`, with the bytes of the text that are done. It may use this encoder. */
+static int hand_out(Encoder *self, PyObject *sink, size_t done)
+{
+    uint32_t *out = self->out; /* not the encoder's while Python runs */
+    size_t used = self->out_used;
+    self->out = NULL;
+    self->out_used = self->out_size = 0;
+    int failed = 0;
+    for (size_t at = 0; at < used && !failed; at += PIECE_IDS) {
+        size_t count = used - at < PIECE_IDS ? used - at : PIECE_IDS;
+        PyObject *ids = PyByteArray_FromStringAndSize((const char *)(out + at), (Py_ssize_t)(count * sizeof(uint32_t)));
+        PyObject *answer = ids ? PyObject_CallFunction(sink, "Nn", ids, (Py_ssize_t)done) : NULL;
+        failed = !answer;
+        Py_XDECREF(answer);
+    }
+    free(out);
+    self->out_used = 0; /* the sink may have used it */
+    return failed ? -1 : 0;
+}
+
+enum { SPLIT, ENCODE, HAND_OUT };
+
+/* Walks over the words of a text: keeps where each ends, or its ids, or hands out the ids in pieces. */
+static inline __attribute__((always_inline)) int walk(Encoder *self, const uint8_t *p, size_t length, int mode,
+                                                      PyObject *sink)
 {
     const uint8_t *begin = p, *end = p + length;
     while (p < end) {
@@ -455,42 +569,39 @@ static inline __attribute__((always_inline)) int walk(Encoder *self, const uint8
             if (q < end && after != DIGIT && last > p)
                 q = last;
         }
-        if (only_split)
+        if (mode == SPLIT) {
             self->out[self->out_used++] = (uint32_t)(q - begin);
-        else if (encode_word(self, p, (size_t)(q - p), end) < 0)
-            return -1;
+        } else {
+            /* No word has more ids than bytes. */
+            if (mode == HAND_OUT && reserve_out(self, (size_t)(q - p)) < 0)
+                return -1;
+            if (encode_word(self, p, (size_t)(q - p), end) < 0)
+                return -1;
+        }
         p = q;
+        if (mode == HAND_OUT && (self->out_used >= PIECE_IDS || p == end) &&
+            hand_out(self, sink, (size_t)(p - begin)) < 0)
+            return -1;
     }
     return 0;
 }
 
 static int encode_text(Encoder *self, const uint8_t *text, size_t length)
 {
-    return walk(self, text, length, 0);
+    return walk(self, text, length, ENCODE, NULL);
 }
 
 static int split_text(Encoder *self, const uint8_t *text, size_t length)
 {
-    return walk(self, text, length, 1);
+    return walk(self, text, length, SPLIT, NULL);
+}
+
+static int encode_in_pieces(Encoder *self, const uint8_t *text, size_t length, PyObject *sink)
+{
+    return walk(self, text, length, HAND_OUT, sink);
 }
 
 /* ---- the Python type ---- */
-
-static int reserve_out(Encoder *self, size_t more)
-{
-    size_t needed = self->out_used + more + INLINE_IDS;
-    if (needed <= self->out_size)
-        return 0;
-    size_t size = self->out_size * 2 > needed ? self->out_size * 2 : needed;
-    uint32_t *grown = realloc(self->out, size * sizeof(uint32_t));
-    if (!grown) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    self->out = grown;
-    self->out_size = size;
-    return 0;
-}
 
 PyDoc_STRVAR(encode_batch_doc,
 "encode_batch(texts: list[str]) -> tuple[bytearray, bytearray]\n\n"
@@ -538,6 +649,44 @@ done:
     return Py_BuildValue("(NN)", ids, lengths);
 }
 
+PyDoc_STRVAR(encode_long_doc,
+"encode_long(text: Buffer, sink: Callable[[bytearray, int], object]) -> None\n\n"
+"`sink` gets the uint32 ids of a text of valid UTF-8 in pieces, each with the number of bytes of the text that are done.\n"
+"Raises ValueError for a text that ends inside a character, and what `sink` raises.");
+
+/* Whether a text ends with its last character. The walk never reads past the end of one that does, valid or not. */
+static int ends_whole(const uint8_t *text, size_t length)
+{
+    for (size_t back = 1; back <= 4 && back <= length; back++) {
+        uint8_t byte = text[length - back];
+        if ((byte & 0xC0) == 0x80)
+            continue;
+        return back == (byte < 0x80 ? 1u : byte < 0xE0 ? 2u : byte < 0xF0 ? 3u : 4u);
+    }
+    return length == 0;
+}
+
+static PyObject *Encoder_encode_long(Encoder *self, PyObject *args)
+{
+    Py_buffer text;
+    PyObject *sink;
+    if (!PyArg_ParseTuple(args, "y*O", &text, &sink))
+        return NULL;
+    int failed;
+    if (!ends_whole(text.buf, (size_t)text.len)) {
+        PyErr_SetString(PyExc_ValueError, "the text ends inside a character");
+        failed = 1;
+    } else {
+        self->out_used = 0; /* what an earlier call that failed has left */
+        failed = encode_in_pieces(self, text.buf, (size_t)text.len, sink) < 0;
+    }
+    PyBuffer_Release(&text);
+    release_out(self);
+    if (failed)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(split_doc,
 "split(text: str) -> bytearray\n\n"
 "uint32 ends of the words of a text, in bytes of its UTF-8. Raises ValueError for a text of 4 GiB or more.");
@@ -566,20 +715,29 @@ static int add_merges(Encoder *self, const uint32_t *merges, const uint8_t *edge
     size_t slots = 1024;
     while (slots < count * 3)
         slots *= 2;
+    uint32_t most = 0;
+    for (size_t byte = 0; byte < 256; byte++)
+        most = self->byte_ids[byte] > most ? self->byte_ids[byte] : most;
+    for (size_t rank = 0; rank < count; rank++)
+        most = merges[rank * 4 + 2] > most ? merges[rank * 4 + 2] : most;
     self->merges = malloc(slots * sizeof(MergeSlot));
     self->merged_of_rank = malloc((count + 1) * sizeof(uint32_t));
     self->byte_ranks = malloc(65536 * sizeof(uint32_t));
     self->may_cross = calloc(65536, 1);
-    if (!self->merges || !self->merged_of_rank || !self->byte_ranks || !self->may_cross)
+    self->bytes_of_id = calloc((size_t)most + 1, sizeof(uint32_t));
+    if (!self->merges || !self->merged_of_rank || !self->byte_ranks || !self->may_cross || !self->bytes_of_id)
         return -1;
+    for (size_t byte = 0; byte < 256; byte++)
+        self->bytes_of_id[self->byte_ids[byte]] = 1;
     self->merge_mask = slots - 1;
     for (size_t i = 0; i < slots; i++)
         self->merges[i] = (MergeSlot){UINT64_MAX, NO_RANK, 0};
     for (size_t rank = 0; rank < count; rank++) {
-        const uint32_t *merge = merges + rank * 3;
+        const uint32_t *merge = merges + rank * 4;
         MergeSlot *slot = (MergeSlot *)find_merge(self, merge[0], merge[1]);
         *slot = (MergeSlot){(uint64_t)merge[0] << 32 | merge[1], (uint32_t)rank, merge[2]};
         self->merged_of_rank[rank] = merge[2];
+        self->bytes_of_id[merge[2]] = merge[3];
         self->may_cross[(size_t)edges[rank * 2] << 8 | edges[rank * 2 + 1]] = 1;
     }
     for (size_t left = 0; left < 256; left++)
@@ -589,23 +747,25 @@ static int add_merges(Encoder *self, const uint32_t *merges, const uint8_t *edge
 }
 
 PyDoc_STRVAR(Encoder_doc,
-"Encoder(classes: bytes, byte_ids: bytes, merges: bytes, edges: bytes, cache_bits: int)\n\n"
+"Encoder(classes: bytes, byte_ids: bytes, merges: bytes, edges: bytes, cache_bits: int, window: int)\n\n"
 "classes: uint8[0x110000], a code of this module for each character. byte_ids: uint32[256], id of each byte.\n"
-"merges: uint32[merges, 3], left, right and merged id in order of rank. edges: uint8[merges, 2], the last byte of each\n"
-"left and the first byte of each right token. cache_bits: logarithm of the buckets (64 bytes each) for short words.");
+"merges: uint32[merges, 4], left, right and merged id and the bytes of the merged token, in order of rank. edges:\n"
+"uint8[merges, 2], the last byte of each left and the first byte of each right token. cache_bits: logarithm of the\n"
+"buckets (64 bytes each) for short words. window: bytes of a word that are merged at one time, 16 or more.");
 
 static PyObject *Encoder_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"classes", "byte_ids", "merges", "edges", "cache_bits", NULL};
+    static char *names[] = {"classes", "byte_ids", "merges", "edges", "cache_bits", "window", NULL};
     const char *classes, *byte_ids, *merges, *edges;
     Py_ssize_t classes_size, byte_ids_size, merges_size, edges_size;
     int cache_bits;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y#y#y#y#i", names, &classes, &classes_size, &byte_ids,
-                                     &byte_ids_size, &merges, &merges_size, &edges, &edges_size, &cache_bits))
+    Py_ssize_t window;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y#y#y#y#in", names, &classes, &classes_size, &byte_ids,
+                                     &byte_ids_size, &merges, &merges_size, &edges, &edges_size, &cache_bits, &window))
         return NULL;
-    Py_ssize_t count = merges_size / 12;
-    if (classes_size != CHARACTERS || byte_ids_size != 1024 || merges_size != count * 12 || edges_size != count * 2 ||
-        cache_bits < 4 || cache_bits > 24 || (size_t)count >= NO_RANK) {
+    Py_ssize_t count = merges_size / 16;
+    if (classes_size != CHARACTERS || byte_ids_size != 1024 || merges_size != count * 16 || edges_size != count * 2 ||
+        cache_bits < 4 || cache_bits > 24 || window < SHORT_WORD + 1 || (size_t)count >= NO_RANK) {
         PyErr_SetString(PyExc_ValueError, "a table of the wrong size");
         return NULL;
     }
@@ -615,13 +775,15 @@ static PyObject *Encoder_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     memcpy(self->byte_ids, byte_ids, 1024);
     self->short_buckets = (size_t)1 << cache_bits;
     self->short_shift = 64 - (unsigned)cache_bits;
-    self->classes = malloc(CHARACTERS);
+    self->window = (size_t)window;
+    self->classes = calloc(CLASSES, 1);
     self->short_words = calloc(self->short_buckets * 2, sizeof(ShortSlot));
     self->long_words = calloc((size_t)1 << LONG_BITS, sizeof(LongSlot));
     self->short_arena = malloc(ARENA_IDS * sizeof(uint32_t));
     self->long_arena = malloc(ARENA_IDS * sizeof(uint32_t));
     uint32_t *aligned = malloc((size_t)merges_size + 1);
-    int failed = !self->classes || !self->short_words || !self->long_words || !self->short_arena || !self->long_arena || !aligned;
+    int failed = !self->classes || !self->short_words || !self->long_words || !self->short_arena ||
+                 !self->long_arena || !aligned;
     if (!failed) {
         memcpy(self->classes, classes, CHARACTERS);
         memcpy(aligned, merges, (size_t)merges_size);
@@ -643,6 +805,7 @@ static void Encoder_dealloc(Encoder *self)
     free(self->may_cross);
     free(self->merges);
     free(self->merged_of_rank);
+    free(self->bytes_of_id);
     free(self->short_words);
     free(self->long_words);
     free(self->short_arena);
@@ -655,6 +818,7 @@ static void Encoder_dealloc(Encoder *self)
 
 static PyMethodDef Encoder_methods[] = {
     {"encode_batch", (PyCFunction)Encoder_encode_batch, METH_O, encode_batch_doc},
+    {"encode_long", (PyCFunction)Encoder_encode_long, METH_VARARGS, encode_long_doc},
     {"split", (PyCFunction)Encoder_split, METH_O, split_doc},
     {NULL, NULL, 0, NULL},
 };

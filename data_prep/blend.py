@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from data_prep.explain import explain
 from data_prep.plan import find_prefixes
-from data_prep.prepare import MAX_PREFIXES
-from ouro_megatron.data.indexed import check_prefix, with_suffix
+from ouro_megatron.data.indexed import MAX_BLEND, check_prefix, with_suffix
 from ouro_megatron.errors import DataError
 from ouro_megatron.recipe.spans import Amount, parse_amount
 
@@ -138,8 +138,8 @@ def _entries(parts: Any) -> list[dict[str, Any]]:
     for prefixes in parts:
         for path, share in prefixes:
             weights[path] = weights.get(path, 0.0) + share
-    if len(weights) > MAX_PREFIXES:
-        raise DataError(f"a blend of {len(weights):,} pairs; Megatron takes {MAX_PREFIXES:,} at most")
+    if len(weights) > MAX_BLEND:
+        raise DataError(f"a blend of {len(weights):,} pairs; Megatron takes {MAX_BLEND:,} at most")
     return [{"path": str(path), "weight": float(f"{100 * share:.8g}")} for path, share in weights.items()]
 
 
@@ -152,8 +152,7 @@ def load_blends(path: Path) -> BlendFile:
     except yaml.YAMLError as error:
         raise DataError(f"{path}: not valid YAML: {error}") from error
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, item['loc'])) or 'blends'}: {item['msg']}" for item in error.errors()]
-        raise DataError("\n".join(lines)) from error
+        raise DataError(explain(error, path, BlendFile)) from error
 
 
 def blends_of_parts(parts: Mapping[str, str], budget: str | None, folder: Path) -> BlendFile:
@@ -167,7 +166,7 @@ def blends_of_parts(parts: Mapping[str, str], budget: str | None, folder: Path) 
     try:
         return BlendFile(folder=folder, blends={"blend": BlendSettings.model_validate(settings)})
     except ValidationError as error:
-        raise DataError("; ".join(item["msg"] for item in error.errors())) from error
+        raise DataError("; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())) from error
 
 
 def choose_blends(parts: Sequence[str], stage: str | None, folder: Path | None, budget: str | None) -> list[Blend]:

@@ -7,17 +7,20 @@ What fits: BPE over all 256 byte letters, no normalizer, and GPT-2's splitter (`
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from data_prep.character_classes import class_codes, load_classes
 from data_prep.encode import Encoded, PlainEncoder, same_ids
+from data_prep.long_text import LongText
 from ouro_megatron.data.tokenizer import TextTokenizer
 
 _CACHE_BITS = 16
 """65,536 buckets of two words: 8 MB."""
+_WINDOW = 1 << 16
+"""Bytes of a word that are merged at one time."""
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -54,18 +57,30 @@ class ByteLevelEncoder:
             raise MisfitError(
                 f"its C extension was not built ({error}); `pip install` the project again where there is a C compiler"
             ) from error
+        if not hasattr(Encoder, "encode_long"):
+            raise MisfitError("its C extension was built from older source; `pip install` the project again")
         if sys.byteorder != "little":
             raise MisfitError("this machine is big-endian")
         content = json.loads(tokenizer.to_json())
         codes = class_codes(_isolates_digits(content))
         byte_ids, merges, edges = _tables(content["model"])
-        self._encoder = Encoder(codes.tobytes(), byte_ids.tobytes(), merges.tobytes(), edges.tobytes(), _CACHE_BITS)
+        tables = (codes.tobytes(), byte_ids.tobytes(), merges.tobytes(), edges.tobytes())
+        self._encoder = Encoder(*tables, _CACHE_BITS, _WINDOW)
         self._try_out(tokenizer, content)
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Raises UnicodeEncodeError (a ValueError) for a text with a lone surrogate."""
         ids, lengths = self._encoder.encode_batch(list(texts))
         return Encoded(np.frombuffer(ids, dtype=np.uint32), np.frombuffer(lengths, dtype=np.int64))
+
+    def encode_long(self, text: LongText, put: Callable[[np.ndarray], object]) -> None:
+        with text.mapped() as mapped:
+
+            def take(ids: bytearray, done: int) -> None:
+                mapped.forget(done)
+                put(np.frombuffer(ids, dtype=np.uint32))
+
+            self._encoder.encode_long(mapped.bytes, take)
 
     def split(self, text: str) -> np.ndarray:
         """uint32[words], where each word of the text ends in bytes of its UTF-8."""
@@ -101,7 +116,8 @@ def _isolates_digits(content: dict[str, Any]) -> bool:
 
 
 def _tables(model: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """uint32[256] ids of bytes, uint32[merges, 3] left, right, merged ids, uint8[merges, 2] bytes where tokens meet."""
+    """Ids of bytes: uint32[256]; left, right and merged ids and the bytes of the merged token: uint32[merges, 4]; the
+    bytes where two tokens meet: uint8[merges, 2]."""
     for name, allowed in _MODEL.items():
         if model.get(name) not in allowed:
             raise MisfitError(f"model {name} {model.get(name)!r}")
@@ -117,13 +133,13 @@ def _tables(model: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if len(pairs) != len(model["merges"]):
         raise MisfitError("a merge occurs twice")
     try:
-        merges = [(vocab[left], vocab[right], vocab[left + right]) for left, right in pairs]
+        merges = [(vocab[left], vocab[right], vocab[left + right], len(left + right)) for left, right in pairs]
         edges = [(byte_of[left[-1]], byte_of[right[0]]) for left, right in pairs]
     except (KeyError, IndexError) as error:
         raise MisfitError(f"a merge of something that is no byte or token: {error}") from error
     return (
         np.array([vocab[letter] for letter in letters], dtype=np.uint32),
-        np.array(merges, dtype=np.uint32).reshape(-1, 3),
+        np.array(merges, dtype=np.uint32).reshape(-1, 4),
         np.array(edges, dtype=np.uint8).reshape(-1, 2),
     )
 

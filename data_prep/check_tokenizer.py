@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.encode import BatchEncoder, Encoded, PlainEncoder, choose_encoder, same_ids
+from data_prep.long_text import decode
 from ouro_megatron.data.tokenizer import TextTokenizer, load_tokenizer
 from ouro_megatron.errors import DataError
 
+_PIECE = 1 << 23
+"""Bytes of a file that are one text, at most."""
 _BATCH_CHARACTERS = 500_000
 
 
@@ -33,7 +36,7 @@ class Compared:
 
 
 def check_tokenizer(tokenizer_folder: Path, paths: Iterable[Path], progress: Progress, limit: int | None = None) -> str:
-    """Encodes every UTF-8 file below `paths`, up to `limit` bytes, each as one text, with both encoders.
+    """Encodes every UTF-8 file below `paths`, up to `limit` bytes, each as one text or a few, with both encoders.
 
     Returns a summary; one line with the reason when the tokenizer takes the slow path, where there is nothing to
     compare. Raises DataError for a path without text, and with file and place at the first id that differs.
@@ -73,23 +76,41 @@ def _batches(files: list[Path], limit: int | None, found: Compared) -> Iterator[
     batch: list[tuple[Path, str]] = []
     characters = 0
     for file in files:
-        if limit is not None and found.bytes >= limit:
-            break
-        content = file.read_bytes()
         try:
-            text = content.decode("utf-8")
+            for text, size in _texts(file, None if limit is None else limit - found.bytes):
+                found.bytes += size
+                batch.append((file, text))
+                characters += len(text)
+                if characters >= _BATCH_CHARACTERS:
+                    yield batch
+                    batch, characters = [], 0
+            found.files += 1
         except UnicodeDecodeError:
             found.not_text += 1
-            continue
-        found.files += 1
-        found.bytes += len(content)
-        batch.append((file, text))
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
+        if limit is not None and found.bytes >= limit:
+            break
     if batch:
         yield batch
+
+
+def _texts(file: Path, limit: int | None) -> Iterator[tuple[str, int]]:
+    """A file's text and bytes, up to `limit` bytes; a large one in pieces that end with a line where there is one.
+
+    Raises UnicodeDecodeError at the first piece that is not UTF-8.
+    """
+    rest, left = b"", file.stat().st_size if limit is None else limit
+    with file.open("rb") as stream:
+        while block := stream.read(min(_PIECE, left)):
+            left -= len(block)
+            data = rest + block
+            end = data.rfind(b"\n") + 1 or len(data)
+            text, cut = decode(data[:end])
+            rest = cut + data[end:]
+            yield text, end - len(cut)
+    text, cut = decode(rest)
+    if cut and limit is None:
+        cut.decode("utf-8")
+    yield text, len(rest) - len(cut)
 
 
 def _compare(tokenizer: TextTokenizer, encoder: BatchEncoder, batch: list[tuple[Path, str]], found: Compared) -> None:

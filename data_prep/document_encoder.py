@@ -1,6 +1,6 @@
-"""Documents to ids and loss masks: plain text in batches, text with loss spans and conversations one by one."""
+"""Documents to ids and loss masks: plain text in batches, conversations and the like one by one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from data_prep.chat import ChatEncoder
 from data_prep.encode import BatchEncoder, Encoded
+from data_prep.long_text import LongText
 from data_prep.sources.base import Document
 from ouro_megatron.data.tokenizer import TextTokenizer
 from ouro_megatron.errors import DataError
@@ -50,6 +51,11 @@ class DocumentEncoder:
         if len(plain) == len(documents):
             return EncodedDocuments(encoded.lengths.tolist(), encoded.ids, None)
         return self._mixed(documents, encoded)
+
+    def encode_long(self, text: LongText, put: Callable[[np.ndarray], object]) -> None:
+        """Ids of a text that is not held in memory, piece by piece, with its end-of-document id. All count."""
+        self._encoder.encode_long(text, put)
+        put(np.array([self._tokenizer.eod], dtype=np.uint32))
 
     def _mixed(self, documents: Sequence[Document], plain: Encoded) -> EncodedDocuments:
         texts = iter(np.split(plain.ids, np.cumsum(plain.lengths)[:-1])) if len(plain.lengths) else iter(())

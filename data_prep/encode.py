@@ -1,6 +1,6 @@
 """Many texts to token ids at one time, as flat arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from data_prep.long_text import LongText
 from ouro_megatron.data.tokenizer import TextTokenizer, load_tokenizer
 
 
@@ -38,6 +39,9 @@ class BatchEncoder(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Ids of each text, nothing added. Text that merely spells a special token stays text."""
 
+    def encode_long(self, text: LongText, put: Callable[[np.ndarray], object]) -> None:
+        """The same of one text that is not held in memory; `put` gets its ids (uint32) in order, piece by piece."""
+
 
 class PlainEncoder:
     """`encode_batch_fast` of `tokenizers`: every tokenizer, and the reference for every other encoder."""
@@ -50,6 +54,10 @@ class PlainEncoder:
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         ids = np.fromiter(chain.from_iterable(rows), dtype=np.uint32, count=int(lengths.sum()))
         return Encoded(ids, lengths)
+
+    def encode_long(self, text: LongText, put: Callable[[np.ndarray], object]) -> None:
+        """Holds the text: where another tokenizer may be cut without changing ids is not known."""
+        put(self.encode_batch([text.whole()]).ids)
 
 
 def same_ids(one: Encoded, other: Encoded) -> bool:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _WORD = re.compile(r"[぀-ヿ㐀-鿿豈-﫿]|[^\W぀-ヿ㐀-鿿豈-﫿]+")
 """A word of an alphabet, or one Chinese or Japanese character."""
+_SPACES = (" ", "\n", "\u3000", "。", "，")
+"""Never part of a word, nor of what decides how a letter is lowered."""
 _DETECTED_CHARACTERS = 1000
 """Text that a language is told from: more takes longer and hardly changes the answer."""
 
@@ -62,7 +64,8 @@ class DocumentFilters(_Settings):
     def reason(self, document: "Document") -> str | None:
         """Why the document is left out, as a word to count by; None when it stays."""
         if self.min_characters is not None or self.max_characters is not None:
-            length = len(text_of(document))
+            long = document.long_text
+            length = len(text_of(document)) if long is None else long.characters
             if self.min_characters is not None and length < self.min_characters:
                 return "short"
             if self.max_characters is not None and length > self.max_characters:
@@ -73,7 +76,9 @@ class DocumentFilters(_Settings):
         if self.languages is None:
             return None
         if self.detect_language:
-            return None if language_of(text_of(document)) in self.languages else "language"
+            long = document.long_text
+            beginning = text_of(document) if long is None else long.beginning(_DETECTED_CHARACTERS)
+            return None if language_of(beginning) in self.languages else "language"
         if self.language_field not in document.fields:
             return "no_language"
         return None if document.fields[self.language_field] in self.languages else "language"
@@ -108,7 +113,7 @@ class Filters(DocumentFilters):
 
 
 def text_of(document: "Document") -> str:
-    """The text, or that of all turns."""
+    """The text, or that of all turns; not of a long text."""
     if document.messages is None:
         return document.text
     return "\n".join(str(message.get("content") or "") for message in document.messages)
@@ -133,6 +138,19 @@ def _identifier() -> Any:
 
 def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
+
+
+def whole_words(pieces: Iterator[str]) -> Iterator[str]:
+    """A text in other pieces, cut at white space alone: no word is cut, and how it is lowered sees all it asks for."""
+    held: list[str] = []
+    for piece in pieces:
+        at = max(piece.rfind(space) for space in _SPACES) + 1
+        if at == 0:
+            held.append(piece)
+            continue
+        yield "".join((*held, piece[:at]))
+        held = [piece[at:]]
+    yield "".join(held)
 
 
 class NgramList:
@@ -160,10 +178,23 @@ class NgramList:
         rows = np.array(sorted(self._runs), dtype=np.int64)
         return np.unique(_row_hashes(rows.ravel(), self.ngram)[:: self.ngram])
 
-    def occurs_in(self, text: str) -> bool:
-        """Whether any run occurs. Candidates are found by a hash of all windows at one time, then compared."""
+    def occurs_in(self, document: "Document") -> bool:
+        """Whether any run occurs in a document's text."""
+        if document.long_text is None:
+            return self._occur(self._ids_of(text_of(document)))
+        held = np.zeros(0, dtype=np.int64)
+        for piece in whole_words(document.long_text.pieces()):
+            held = np.concatenate((held[-self.ngram + 1 :], self._ids_of(piece)))
+            if self._occur(held):
+                return True
+        return False
+
+    def _ids_of(self, text: str) -> np.ndarray:
         get = self._ids.get
-        ids = np.array([get(word, -1) for word in words(text)], dtype=np.int64)
+        return np.array([get(word, -1) for word in words(text)], dtype=np.int64)
+
+    def _occur(self, ids: np.ndarray) -> bool:
+        """Candidates are found by a hash of all windows at one time, then compared."""
         if len(ids) < self.ngram:
             return False
         known = ids >= 0

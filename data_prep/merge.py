@@ -86,6 +86,8 @@ def plan_merge(
             for n, (task, result) in enumerate(zip(job.tasks, results, strict=True))
         ]
         groups = list(_groups(job, split, kept))
+        shared = _shared_manifest(job, split, len(groups), results, dropped)
+        units = {task.folder: result.units for task, result in zip(job.tasks, results, strict=True)}
         base = base_name(job.source.name, split)
         if not groups:
             raise DataError(
@@ -94,7 +96,8 @@ def plan_merge(
             )
         for part, pieces in enumerate(groups):
             name = base if len(groups) == 1 else f"{base}-{part:05d}-of-{len(groups):05d}"
-            manifest = _manifest(job, split, part, len(groups), results, dropped, pieces)
+            read = {piece.task.folder: units[piece.task.folder] for piece in pieces}
+            manifest = {**shared, "part": part, "units": [unit for found in read.values() for unit in found]}
             tasks.append(
                 MergeTask(
                     job.recipe.output / name,
@@ -150,19 +153,21 @@ def _groups(job: SourceJob, split: str, kept: Sequence[Kept]) -> Iterator[list[P
             continue
         lengths = np.asarray(read_index(task.prefix(split)).lengths).astype(np.int64)
         lengths[left.dropped] = 0
-        stays = np.ones(len(lengths), dtype=bool)
-        stays[left.dropped] = False
+        stays = np.ones(len(lengths), dtype=np.int64)
+        stays[left.dropped] = 0
+        # tokens[i], documents[i]: of the first i documents
+        tokens, documents = (np.concatenate(([0], np.cumsum(values))) for values in (lengths, stays))
         first = 0
         while first < len(lengths):
-            count = room.count(lengths[first:], stays[first:])
-            if count == 0:
+            stop = room.stop(documents, tokens, first)
+            if stop == first:
                 yield pieces
                 pieces = []
                 room.clear()
                 continue
-            stop = first + count
-            room.take(int(stays[first:stop].sum()), int(lengths[first:stop].sum()))
-            if stays[first:stop].any():
+            count = int(documents[stop] - documents[first])
+            room.take(count, int(tokens[stop] - tokens[first]))
+            if count:
                 pieces.append(Piece(task, first, stop, False, left.dropped))
             first = stop
     if pieces:
@@ -186,28 +191,26 @@ class _Room:
         self._documents += documents
         self._tokens += tokens
 
-    def count(self, lengths: np.ndarray, stays: np.ndarray) -> int:
-        """How many of the next documents go in. One that is beyond the limit by itself goes into an empty pair."""
-        by_tokens = int(np.searchsorted(np.cumsum(lengths), self._most_tokens - self._tokens, side="right"))
-        by_number = int(np.searchsorted(np.cumsum(stays), self._most_documents - self._documents, side="right"))
-        count = min(by_tokens, by_number)
-        return 1 if count == 0 and self._documents == 0 else count
+    def stop(self, documents: np.ndarray, tokens: np.ndarray, first: int) -> int:
+        """Where to stop taking documents from `first` on, given how many of each come before every document.
+
+        One that is beyond the limit by itself goes into an empty pair.
+        """
+        most_tokens = tokens[first] + self._most_tokens - self._tokens
+        most_documents = documents[first] + self._most_documents - self._documents
+        stop = min(
+            int(np.searchsorted(tokens, most_tokens, side="right")),
+            int(np.searchsorted(documents, most_documents, side="right")),
+        )
+        stop = max(first, stop - 1)
+        return first + 1 if stop == first and self._documents == 0 else stop
 
 
-def _manifest(
-    job: SourceJob,
-    split: str,
-    part: int,
-    of: int,
-    results: Sequence[ShardResult],
-    dropped: int,
-    pieces: Sequence[Piece],
+def _shared_manifest(
+    job: SourceJob, split: str, of: int, results: Sequence[ShardResult], dropped: int
 ) -> dict[str, Any]:
+    """What the manifests of all pairs of a split say alike, and places for the rest."""
     tokenizer = job.tokenizer
-    inside = {id(piece.task) for piece in pieces}
-    units = [
-        unit for task, result in zip(job.tasks, results, strict=True) if id(task) in inside for unit in result.units
-    ]
     try:
         code = version("ouro-megatron")
     except PackageNotFoundError:
@@ -216,7 +219,7 @@ def _manifest(
         "key": job.key,
         "source": job.source.name,
         "split": split,
-        "part": part,
+        "part": 0,
         "of": of,
         "documents": 0,
         "tokens": 0,
@@ -236,7 +239,7 @@ def _manifest(
             "cut_files": sorted({path for result in results for path in result.cut_files}),
             "text_bytes": sum(result.text_bytes for result in results),
         },
-        "units": units,
+        "units": [],
     }
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from data_prep.dedup import find_duplicates
 from data_prep.encode import choose_encoder
+from data_prep.explain import explain
 from data_prep.faults import FaultBudget, faults_file, write_faults
 from data_prep.lock import locked
 from data_prep.merge import merge, plan_merge
@@ -27,12 +28,9 @@ from data_prep.recipe import DataRecipe, TrainTokenizer
 from data_prep.shards import ShardResult, read_result, tokenise_shard
 from data_prep.sources.base import Unit
 from data_prep.train_tokenizer import train_tokenizer
-from ouro_megatron.data.indexed import read_manifest, with_suffix
+from ouro_megatron.data.indexed import MAX_BLEND, read_manifest, with_suffix
 from ouro_megatron.data.tokenizer import CONFIG_FILE, load_tokenizer
 from ouro_megatron.errors import DataError
-
-MAX_PREFIXES = 32_766
-"""Megatron numbers the data sets of a blend in int16, and asks for fewer than 32,767."""
 
 Units = dict[str, list[Unit]]
 
@@ -47,8 +45,7 @@ def load_data_recipe(path: Path) -> DataRecipe:
     except yaml.YAMLError as error:
         raise DataError(f"{path}: not valid YAML: {error}") from error
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in error.errors()]
-        raise DataError("\n".join(lines)) from error
+        raise DataError(explain(error, path, DataRecipe)) from error
 
 
 def prepare(
@@ -190,9 +187,9 @@ def _merge(jobs: Sequence[SourceJob], stale: Sequence[SourceJob], watcher: Watch
         _remove_stale(job, {task.prefix for task in planned})
         tasks.extend(planned)
     count = len(tasks) + sum(len(job.prefixes(split)) for job in jobs if job not in stale for split in job.splits)
-    if count > MAX_PREFIXES:
+    if count > MAX_BLEND:
         raise DataError(
-            f"{jobs[0].recipe.output}: {count:,} pairs; a blend takes {MAX_PREFIXES:,} at most. "
+            f"{jobs[0].recipe.output}: {count:,} pairs; a blend takes {MAX_BLEND:,} at most. "
             "Raise max_prefix_tokens or max_prefix_documents"
         )
     left = [task for task in tasks if not task.is_done]

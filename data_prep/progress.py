@@ -138,6 +138,7 @@ class Tracker:
                     _, work = state.running.pop(event.worker)
                     self._finish(event, work)
                     done(event.item, event.result)
+                    continue  # its worker begins the next item now; without it the picture would lack a worker
                 self._watcher.update(state)
         finally:
             events.close()

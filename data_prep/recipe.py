@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_prep.filters import Filters
 from data_prep.sources.registry import SourceSettings
+from ouro_megatron.data.indexed import MAX_SEQUENCES
 
 PART_NAME = re.compile(r"-\d{5}-of-\d{5}$")
 """How the names of several pairs of one source end."""
@@ -54,7 +55,7 @@ class DataRecipe(Section):
     """Share of a source's records that may be unreadable, and of its files that may be cut short."""
     max_prefix_tokens: Annotated[int, Field(ge=1)] = 50_000_000_000
     """A source with more tokens becomes several pairs."""
-    max_prefix_documents: Annotated[int, Field(ge=1, le=2**31 - 1)] = 2**28
+    max_prefix_documents: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 2**28
     """The same for documents: Megatron counts documents times epochs in int32."""
     keep_parts: bool = False
     """Keeps the shards beside the pairs: twice the disk, but a source that grew reads its new files only."""

@@ -12,14 +12,14 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_prep.dedup import save_sorted
 from data_prep.document_encoder import DocumentEncoder
 from data_prep.encode import open_tokenizer
-from data_prep.filters import DocumentFilters, Filters, NgramList, text_of
+from data_prep.filters import DocumentFilters, Filters, NgramList
 from data_prep.pool import Pulse, Work
 from data_prep.sources.base import Document, Fault, Unit
 from data_prep.sources.registry import AnySource
@@ -29,8 +29,8 @@ from ouro_megatron.errors import DataError
 SPLITS = ("train", "validation")
 _BATCH = 64
 """Documents tokenised at one time, at most."""
-_BATCH_CHARACTERS = 1 << 20
-"""Characters after which a batch is full, however few documents it holds."""
+_BATCH_BYTES = 1 << 20
+"""Bytes of text after which a batch is full, however few documents it holds."""
 _LISTED_FAULTS = 10_000
 """Faults of a shard that are written down; further ones are counted."""
 _PULSE_SECONDS = 0.25
@@ -96,12 +96,6 @@ class ShardResult:
     @property
     def work(self) -> Work:
         return Work(sum(self.documents.values()), sum(self.tokens.values()), self.text_bytes)
-
-
-def is_held_out(key: str, fraction: float) -> bool:
-    """Decided by the key alone: the same on every machine, in every order, and for every source that shares keys."""
-    number = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-    return number < fraction * 2**64
 
 
 def group_units(units: Sequence[Unit], shard_bytes: int) -> list[tuple[Unit, ...]]:
@@ -184,7 +178,10 @@ class _Shard:
             self.held_out = stack.enter_context((self.folder / "held_out.raw").open("wb"))
             self.writers = [stack.enter_context(PairWriter(self.folder / split, dtype)) for split in SPLITS]
             for batch in _batches(self._documents()):
-                self._write(batch)
+                if batch[0].document.long_text is not None:
+                    self._write_long(batch[0])
+                else:
+                    self._write(batch)
         if self.task.hashes is not None:
             save_sorted(self.folder / "hashes.raw", self.task.hashes)
         (self.folder / "hashes.raw").unlink()
@@ -205,55 +202,66 @@ class _Shard:
         if self.fault_count <= _LISTED_FAULTS:
             self.faults.write(json.dumps({"source": self.task.source.name, **asdict(fault)}) + "\n")
 
-    def _documents(self) -> Iterator[tuple[Document, bytes, str]]:
-        """(document, hash, place) of each document that stays."""
+    def _documents(self) -> Iterator["_Read"]:
+        """Each document that stays."""
+        source = self.task.source.with_scratch(self.folder)
         for unit in self.task.units:
             digest = hashlib.blake2b(digest_size=16)
             count = 0
-            for document in self.task.source.read(unit, self.report):
+            for document in source.read(unit, self.report):
                 place = f"document {count} from {unit.start}" if unit.start else f"document {count}"
                 count += 1
                 try:
-                    content = content_of(document)
+                    hashed, size = content_hash(document)
                 except UnicodeEncodeError as error:
                     self.report(Fault(unit.path, place, f"half a surrogate pair at character {error.start}"))
                     continue
-                hashed = hashlib.blake2b(content, digest_size=16).digest()
                 digest.update(hashed)
-                self.text_bytes += len(content)
+                self.text_bytes += size
                 reason = self._reason(document)
                 if reason is not None:
                     self.left_out[reason] += 1
                 else:
-                    yield document, hashed, f"{unit.path}\n{place}"
+                    yield _Read(document, hashed, size, unit.path, place)
                 self._beat()
             self.units.append({**asdict(unit), "documents": count, "digest": digest.hexdigest()})
 
     def _reason(self, document: Document) -> str | None:
-        if not document.text and document.messages is None:
+        if not document.text and document.messages is None and document.long_text is None:
             return "empty"
         reason = self.task.document_filters.reason(document)
-        if reason is None and self.ngrams is not None and self.ngrams.occurs_in(text_of(document)):
+        if reason is None and self.ngrams is not None and self.ngrams.occurs_in(document):
             return "contaminated"
         return reason
 
-    def _write(self, batch: Sequence[tuple[Document, bytes, str]]) -> None:
-        encoded = self.encoder.encode([document for document, _, _ in batch])
-        good = np.array([isinstance(item, int) and item <= MAX_LENGTH for item in encoded.outcome])
-        for (_, _, place), outcome in zip(batch, encoded.outcome, strict=True):
+    def _write(self, batch: Sequence["_Read"]) -> None:
+        encoded = self.encoder.encode([item.document for item in batch])
+        good = np.array([isinstance(outcome, int) and outcome <= MAX_LENGTH for outcome in encoded.outcome])
+        for item, outcome in zip(batch, encoded.outcome, strict=True):
             if isinstance(outcome, str) or outcome > MAX_LENGTH:
-                path, where = place.split("\n", 1)
-                reason = outcome if isinstance(outcome, str) else f"{outcome} tokens; an index holds {MAX_LENGTH}"
-                self.report(Fault(path, where, reason))
+                self.report(Fault(item.path, item.place, outcome if isinstance(outcome, str) else _too_long(outcome)))
         fraction = self.task.validation_fraction
-        held_out = np.array([is_held_out(document.key, fraction) for document, _, _ in batch])
+        held_out = np.array([item.document.is_below(fraction) for item in batch])
         for writer, chosen in zip(self.writers, (good & ~held_out, good & held_out), strict=True):
             if chosen.any():
                 ids, lengths, loss = encoded.only(chosen)
                 writer.add_many(ids, lengths, loss)
+        self._keep_hashes([item.hashed for item, ok in zip(batch, good, strict=True) if ok], held_out[good])
+
+    def _write_long(self, item: "_Read") -> None:
+        text = item.document.long_text
+        assert text is not None
+        held_out = item.document.is_below(self.task.validation_fraction)
+        length = self.writers[held_out].add_long(lambda put: self.encoder.encode_long(text, put))
+        if length is None:
+            self.report(Fault(item.path, item.place, _too_long(None)))
+        else:
+            self._keep_hashes([item.hashed], np.array([held_out]))
+
+    def _keep_hashes(self, hashes: Sequence[bytes], held_out: np.ndarray) -> None:
         if self.task.hashes is not None:
-            self.hashes.write(b"".join(hashed for (_, hashed, _), ok in zip(batch, good, strict=True) if ok))
-            self.held_out.write(held_out[good].astype(np.uint8).tobytes())
+            self.hashes.write(b"".join(hashes))
+            self.held_out.write(held_out.astype(np.uint8).tobytes())
 
     def _beat(self) -> None:
         now = time.monotonic()
@@ -263,21 +271,53 @@ class _Shard:
             self.pulse(Work(documents, sum(writer.tokens for writer in self.writers), self.text_bytes))
 
 
-def content_of(document: Document) -> bytes:
-    """What makes two documents the same. Raises UnicodeEncodeError for text that is not Unicode."""
+def content_hash(document: Document) -> tuple[bytes, int]:
+    """What makes two documents the same, 128 bits of a hash, and the bytes that were hashed.
+
+    Raises UnicodeEncodeError for text that is not Unicode.
+    """
+    if document.long_text is not None:
+        digest = hashlib.blake2b(digest_size=16)
+        for block in document.long_text.blocks():
+            digest.update(block)
+        return digest.digest(), document.long_text.size
     if document.messages is None:
-        return document.text.encode()
-    return json.dumps(document.messages, sort_keys=True, ensure_ascii=False, default=str).encode()
+        content = document.text.encode()
+    else:
+        content = json.dumps(document.messages, sort_keys=True, ensure_ascii=False, default=str).encode()
+    return hashlib.blake2b(content, digest_size=16).digest(), len(content)
 
 
-def _batches(documents: Iterator[tuple[Document, bytes, str]]) -> Iterator[list[tuple[Document, bytes, str]]]:
-    batch: list[tuple[Document, bytes, str]] = []
-    characters = 0
+class _Read(NamedTuple):
+    """A document and where it came from."""
+
+    document: Document
+    hashed: bytes
+    size: int
+    """Bytes of UTF-8."""
+    path: str
+    place: str
+
+
+def _too_long(tokens: int | None) -> str:
+    return f"{'too many' if tokens is None else tokens} tokens; an index holds {MAX_LENGTH}"
+
+
+def _batches(documents: Iterator[_Read]) -> Iterator[list[_Read]]:
+    """Documents together, up to a number and a size. A long text stands alone and is used before the next is read."""
+    batch: list[_Read] = []
+    size = 0
     for item in documents:
+        if item.document.long_text is not None:
+            if batch:
+                yield batch
+                batch, size = [], 0
+            yield [item]
+            continue
         batch.append(item)
-        characters += len(item[0].text)
-        if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
+        size += item.size
+        if len(batch) == _BATCH or size >= _BATCH_BYTES:
             yield batch
-            batch, characters = [], 0
+            batch, size = [], 0
     if batch:
         yield batch

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from data_prep.filters import text_of
 from data_prep.recipe import DataRecipe, TrainTokenizer
-from data_prep.shards import is_held_out
 from data_prep.sources.base import Fault, Unit
 from data_prep.sources.registry import AnySource
 from ouro_megatron.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
@@ -58,7 +57,7 @@ def _sample_of(source: AnySource, units: Sequence[Unit], limit: int, held_out: f
     seen = 0
     for unit in units[::stride]:
         for document in source.read(unit, _overlook):
-            if is_held_out(document.key, held_out):
+            if document.is_below(held_out):
                 continue
             text = text_of(document)
             try:

@@ -6,7 +6,7 @@ Memory does not grow with the data: lengths go to a file of their own until the 
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -72,6 +72,38 @@ class PairWriter:
         self._lengths.write(lengths.astype("<i4").tobytes())
         self.documents += len(lengths)
         self.tokens += len(ids)
+
+    def add_long(self, write: Callable[[Callable[[np.ndarray], None]], object]) -> int | None:
+        """One document that is never held: `write` gets a function that takes its next ids, and calls it until the end.
+
+        Returns its number of ids; None when they are more than an index holds, and then nothing of it stays.
+        """
+        begin = self.tokens
+
+        def put(ids: np.ndarray) -> None:
+            self._write_tokens(np.ascontiguousarray(ids, dtype=self.dtype))
+            if self._loss is not None:
+                self._write_ones(len(ids))
+            self.tokens += len(ids)
+
+        write(put)
+        length = self.tokens - begin
+        if length > MAX_LENGTH:
+            self._cut_back(begin)
+            return None
+        self._lengths.write(np.array([length], dtype="<i4").tobytes())
+        self.documents += 1
+        return length
+
+    def _cut_back(self, tokens: int) -> None:
+        """Only without hashes and counts, which cannot be taken back."""
+        assert self.counts is None
+        self._bin.truncate(tokens * self.dtype.itemsize)
+        self._bin.seek(0, os.SEEK_END)
+        if self._loss is not None:
+            self._loss.truncate(tokens)
+            self._loss.seek(0, os.SEEK_END)
+        self.tokens = tokens
 
     def append(self, other: Path, first: int = 0, stop: int | None = None, dropped: np.ndarray | None = None) -> None:
         """Documents [first, stop) of another pair that this class wrote, without those whose numbers are in `dropped`.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from data_prep.formats.compression import Damaged, inflate_pieces
@@ -72,8 +73,13 @@ class GzipParts:
             if stop > start
         ]
 
-    def lines(self, unit: Unit, report: Report, cut_is_expected: bool = False) -> Iterator[Line]:
-        """Lines that begin in the unit. `cut_is_expected`: the last parts are left out on purpose."""
+    def lines(
+        self, unit: Unit, report: Report, cut_is_expected: bool = False, scratch: Path | None = None
+    ) -> Iterator[Line]:
+        """Lines that begin in the unit. `cut_is_expected`: the last parts are left out on purpose.
+
+        `scratch`: where long lines are kept; None: in memory.
+        """
 
         def told(fault: Fault) -> None:
             if not (cut_is_expected and fault.reason.endswith("cut off")):
@@ -86,13 +92,13 @@ class GzipParts:
                 # From the byte before the unit: a line that begins exactly at its start is its own.
                 begin, inflated = index.read(unit.start - 1, self.compressed)
                 content = self._placed(lambda: inflated)
-        for line in cut(self.path, content, told, at=begin):
+        for line in cut(self.path, content, told, begin, scratch):
             if unit.stop is not None and line.offset >= unit.stop:
                 return
             if unit.start == 0:
                 yield line
             elif line.offset >= unit.start:
-                yield Line(None, line.offset, line.data)
+                yield Line(None, line.offset, line.data, line.spilled)
 
     def _placed(self, inflated: Callable[[], Iterator[bytes]]) -> Iterator[bytes]:
         """Damage with the part it is in."""

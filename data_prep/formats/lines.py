@@ -3,10 +3,13 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.formats.compression import Damaged, codec_of, codec_of_bytes, inflate
 from data_prep.formats.files import File, Options, byte_ranges, open_file, pieces
+from data_prep.formats.long_json import Apart, parse_long_object, short_parts
+from data_prep.long_text import LONG, Spilled
 from data_prep.sources.base import Fault, Report, Unit
 
 try:
@@ -27,6 +30,8 @@ class Line:
     offset: int
     """Of its first byte in the file, uncompressed."""
     data: bytes
+    spilled: Spilled | None = None
+    """The bytes, when they are too many to be held; `data` is b"" then. Gone when the next line is asked for."""
 
     @property
     def where(self) -> str:
@@ -42,11 +47,14 @@ def split_lines_file(file: File, target_bytes: int, options: Options) -> list[Un
     return [file.unit()] if codec_of_bytes(head) else byte_ranges(file, target_bytes)
 
 
-def read_lines(unit: Unit, report: Report, options: Options) -> Iterator[Line]:
-    """The lines that begin in the unit, without their ends. Damage is reported after the last whole line."""
+def read_lines(unit: Unit, report: Report, options: Options, scratch: Path | None = None) -> Iterator[Line]:
+    """The lines that begin in the unit, without their ends. Damage is reported after the last whole line.
+
+    `scratch`: where long lines are kept; None: in memory.
+    """
     with open_file(unit.path, options) as stream:
         if unit.start > 0:
-            yield from _range(stream, unit, report)
+            yield from _range(stream, unit, report, scratch)
             return
         head = stream.read(8)
         stream.seek(0)
@@ -56,7 +64,7 @@ def read_lines(unit: Unit, report: Report, options: Options) -> Iterator[Line]:
             report(Fault(unit.path, "byte 0", reason, ends_unit=True))
             return
         content = pieces(stream, _PIECE) if codec is None else inflate(stream, codec)
-        for line in cut(unit.path, content, report):
+        for line in cut(unit.path, content, report, scratch=scratch):
             if unit.stop is not None and line.offset >= unit.stop:
                 return
             yield line
@@ -67,56 +75,103 @@ def _is_text(head: bytes) -> bool:
     return head.lstrip(_BOM).lstrip()[:1] in (b"{", b"[")
 
 
-def _range(stream: BinaryIO, unit: Unit, report: Report) -> Iterator[Line]:
+def _range(stream: BinaryIO, unit: Unit, report: Report, scratch: Path | None) -> Iterator[Line]:
     # A line that begins exactly at the start is this unit's; any other that reaches into it belongs to the one before.
     stream.seek(unit.start - 1)
-    for line in cut(unit.path, pieces(stream, _PIECE), report, at=unit.start - 1):
+    for line in cut(unit.path, pieces(stream, _PIECE), report, unit.start - 1, scratch):
         if line.offset == unit.start - 1:
             continue
         if unit.stop is not None and line.offset >= unit.stop:
             return
-        yield Line(None, line.offset, line.data)
+        yield Line(None, line.offset, line.data, line.spilled)
 
 
-def cut(path: str, content: Iterable[bytes], report: Report, at: int = 0) -> Iterator[Line]:
+class _Begun:
+    """A line whose end has not come yet."""
+
+    def __init__(self, scratch: Path | None) -> None:
+        self._scratch = scratch
+        self._pieces: list[bytes] = []
+        self._spilled: Spilled | None = None
+        self.size = 0
+
+    def add(self, piece: bytes) -> None:
+        self.size += len(piece)
+        if self.size > LONGEST_LINE:
+            self.clear()
+        elif self._spilled is not None:
+            self._spilled.write(piece)
+        elif self.size > LONG and self._scratch is not None:
+            self._spilled = Spilled(self._scratch)
+            for each in (*self._pieces, piece):
+                self._spilled.write(each)
+            self._pieces = []
+        else:
+            self._pieces.append(piece)
+
+    def line(self, number: int, at: int) -> Line:
+        return Line(number, at, b"".join(self._pieces), self._spilled)
+
+    def clear(self) -> None:
+        self._pieces = []
+        if self._spilled is not None:
+            self._spilled.close()
+            self._spilled = None
+
+
+def cut(
+    path: str, content: Iterable[bytes], report: Report, at: int = 0, scratch: Path | None = None
+) -> Iterator[Line]:
     """Lines of a stream that comes in pieces and begins at byte `at`. The rest after a cut is reported, not given."""
-    number, begun, held = 1, [], 0  # pieces of a line whose end has not come yet, and their bytes
+    number, begun = 1, _Begun(scratch)
     try:
         for piece in content:
             first, *lines = piece.split(b"\n")
-            held += len(first)
-            if held <= LONGEST_LINE:
-                begun.append(first)
-            else:
-                begun = []
+            begun.add(first)
             if not lines:
                 continue
-            if held > LONGEST_LINE:
-                report(Fault(path, f"byte {at}", f"a line of {held:,} bytes"))
-                number, at = number + 1, at + held + 1
+            if begun.size > LONGEST_LINE:
+                report(Fault(path, f"byte {at}", f"a line of {begun.size:,} bytes"))
             else:
-                lines.insert(0, b"".join(begun))
+                yield begun.line(number, at)
+            number, at = number + 1, at + begun.size + 1
+            begun.clear()
             last = lines.pop()
             for data in lines:
                 yield Line(number, at, data)
                 number, at = number + 1, at + len(data) + 1
-            begun, held = [last], len(last)
+            begun = _Begun(scratch)
+            begun.add(last)
+        if begun.size > LONGEST_LINE:
+            report(Fault(path, f"byte {at}", f"a line of {begun.size:,} bytes"))
+        elif begun.size:
+            yield begun.line(number, at)
     except Damaged as damage:
         place = f"line {number}, byte {at} of the content (byte {damage.at} of the file)"
         report(Fault(path, place, damage.reason, ends_unit=True))
-        return
-    if held > LONGEST_LINE:
-        report(Fault(path, f"byte {at}", f"a line of {held:,} bytes"))
-    elif held:
-        yield Line(number, at, b"".join(begun))
+    finally:
+        begun.clear()
+
+
+def row_of(line: Line, apart: Apart | None = None) -> dict[str, Any] | None:
+    """`parse_object` of a line; of one that is not held in memory the text is `apart`, a LongText."""
+    if line.spilled is None:
+        return parse_object(line.data)
+    assert apart is not None
+    return parse_long_object(line.spilled, apart, parse_value, parse_object)
+
+
+def fields_of(line: Line) -> dict[str, Any] | None:
+    """The object of a line, or only what fields it has and of what kind: a long string may be another one.
+
+    Raises ValueError saying what is wrong with it.
+    """
+    return parse_object(line.data) if line.spilled is None else short_parts(line.spilled, parse_object)
 
 
 def parse_object(data: bytes) -> dict[str, Any] | None:
     """The JSON object of a line; None for an empty line. Raises ValueError saying what is wrong with it."""
-    try:
-        found = _loads(data)
-    except ValueError:
-        found = _loads_slowly(data)
+    found = parse_value(data)
     if isinstance(found, dict):
         return found
     if found is None and not data.strip():
@@ -124,8 +179,14 @@ def parse_object(data: bytes) -> dict[str, Any] | None:
     raise ValueError(f"a JSON {'array' if isinstance(found, list) else type(found).__name__}, not an object")
 
 
-def _loads(data: bytes) -> Any:
-    return _loads_slowly(data) if orjson is None else orjson.loads(data)
+def parse_value(data: bytes) -> Any:
+    """Any JSON value; None for nothing. Raises ValueError saying what is wrong with it."""
+    if orjson is None:
+        return _loads_slowly(data)
+    try:
+        return orjson.loads(data)
+    except ValueError:
+        return _loads_slowly(data)
 
 
 def _loads_slowly(data: bytes) -> Any:

@@ -1,12 +1,15 @@
 """Rows of whatever file: JSON lines, parquet or Arrow, told apart by the name of the file."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import gettempdir
 
 from data_prep.formats import tables
 from data_prep.formats.compression import bare_name, codec_of
 from data_prep.formats.files import File, Options, find_files
 from data_prep.formats.gzip_parts import GzipParts
-from data_prep.formats.lines import parse_object, read_lines, split_lines_file
+from data_prep.formats.lines import fields_of, read_lines, row_of, split_lines_file
+from data_prep.formats.long_json import Apart, kept_while_used
 from data_prep.formats.tables import Column, Row
 from data_prep.sources.base import Fault, Report, Unit
 
@@ -54,9 +57,10 @@ def columns_of(file: File, options: Options) -> list[Column] | None:
 
 def _first_fields(file: File, options: Options) -> list[Column] | None:
     reasons: list[str] = []
-    for line in read_lines(file.unit(), lambda fault: reasons.append(fault.reason), options):
+    scratch = Path(gettempdir())
+    for line in read_lines(file.unit(), lambda fault: reasons.append(fault.reason), options, scratch):
         try:
-            found = parse_object(line.data)
+            found = fields_of(line)
         except ValueError as error:
             reasons.append(str(error))
             if len(reasons) > 100:
@@ -69,26 +73,35 @@ def _first_fields(file: File, options: Options) -> list[Column] | None:
     return None
 
 
-def read_rows(unit: Unit, wanted: Sequence[str], report: Report, options: Options) -> Iterator[Row]:
-    """Rows of a unit with at least those of the `wanted` columns that exist; bad ones are reported."""
+def read_rows(
+    unit: Unit, wanted: Sequence[str], report: Report, options: Options, apart: Apart | None = None
+) -> Iterator[Row]:
+    """Rows of a unit with at least those of the `wanted` columns that exist; bad ones are reported.
+
+    `apart`: a long text of this column is a LongText, gone when the next row is asked for; None: all are strings.
+    """
     kind = format_of(unit.path)
     if kind == "parquet":
-        yield from tables.read_parquet(unit, wanted, report, options)
+        yield from tables.read_parquet(unit, wanted, report, options, apart)
     elif kind == "arrow":
-        yield from tables.read_arrow(unit, wanted, report, options)
+        yield from tables.read_arrow(unit, wanted, report, options, apart)
     else:
-        yield from _json_rows(unit, report, options)
+        yield from _json_rows(unit, report, options, apart)
 
 
-def _json_rows(unit: Unit, report: Report, options: Options) -> Iterator[Row]:
-    lines = read_lines(unit, report, options)
+def _json_rows(unit: Unit, report: Report, options: Options, apart: Apart | None) -> Iterator[Row]:
+    scratch = None if apart is None else apart.folder
     if unit.start > 0 and codec_of(unit.path) == "gzip":
-        lines = GzipParts(unit.path, (find_files("", unit.path, "", options)[0],), options).lines(unit, report)
+        parts = GzipParts(unit.path, (find_files("", unit.path, "", options)[0],), options)
+        lines = parts.lines(unit, report, scratch=scratch)
+    else:
+        lines = read_lines(unit, report, options, scratch)
     for line in lines:
         try:
-            found = parse_object(line.data)
+            found = row_of(line, apart)
         except ValueError as error:
             report(Fault(unit.path, line.where, str(error)))
             continue
         if found is not None:
-            yield Row(line.where, found)
+            with kept_while_used(found, apart):
+                yield Row(line.where, found)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from data_prep.formats.files import File, Options, is_url, open_file
+from data_prep.formats.long_json import Apart, kept_while_used
+from data_prep.long_text import LONG, long_text
 from data_prep.sources.base import Fault, Report, Unit
 from ouro_megatron.errors import DataError
 
@@ -33,6 +35,7 @@ def arrow_package() -> Any:
     """pyarrow. Raises DataError naming the extra that brings it."""
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as error:
@@ -102,7 +105,9 @@ def _runs(file: File, sizes: Sequence[int], target_bytes: int) -> list[Unit]:
     return units if len(units) > 1 else [file.unit()]
 
 
-def read_parquet(unit: Unit, wanted: Sequence[str], report: Report, options: Options) -> Iterator[Row]:
+def read_parquet(
+    unit: Unit, wanted: Sequence[str], report: Report, options: Options, apart: Apart | None = None
+) -> Iterator[Row]:
     """Rows of the unit's row groups with those of the `wanted` columns that exist; () wants all."""
     try:
         with _parquet(unit.path, options) as table:
@@ -111,13 +116,15 @@ def read_parquet(unit: Unit, wanted: Sequence[str], report: Report, options: Opt
             first = sum(metadata.row_group(index).num_rows for index in range(unit.start))
             names = [name for name in table.schema_arrow.names if not wanted or name in wanted]
             for index in range(unit.start, stop):
-                yield from _row_group(unit.path, table, index, first, names, report)
+                yield from _row_group(unit.path, table, index, first, names, report, apart)
                 first += metadata.row_group(index).num_rows
     except ValueError as error:
         report(Fault(unit.path, "byte 0", str(error), ends_unit=True))
 
 
-def _row_group(path: str, table: Any, index: int, first: int, names: Sequence[str], report: Report) -> Iterator[Row]:
+def _row_group(
+    path: str, table: Any, index: int, first: int, names: Sequence[str], report: Report, apart: Apart | None
+) -> Iterator[Row]:
     pa = arrow_package()
     group = table.metadata.row_group(index)
     rows = group.num_rows
@@ -128,7 +135,7 @@ def _row_group(path: str, table: Any, index: int, first: int, names: Sequence[st
     done = 0
     try:
         for batch in table.iter_batches(batch_size=batch_rows, row_groups=[index], columns=list(names)):
-            yield from batch_rows_of(path, batch, first + done, report)
+            yield from _slices(path, batch, first + done, report, apart)
             done += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         reason = f"row group {index}: {_short(error)}; its rows {first + done} to {first + rows - 1} are lost"
@@ -138,26 +145,59 @@ def _row_group(path: str, table: Any, index: int, first: int, names: Sequence[st
         report(Fault(path, f"row {first + done}", f"row group {index} holds {done} rows, its footer says {rows}"))
 
 
-def batch_rows_of(path: str, batch: Any, first: int, report: Report) -> Iterator[Row]:
+def _slices(path: str, batch: Any, first: int, report: Report, apart: Apart | None) -> Iterator[Row]:
+    """Rows of a batch of any size, few of which are in Python's memory at one time."""
+    rows = max(1, min(_MOST_ROWS, _BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
+    for start in range(0, batch.num_rows, rows):
+        yield from _rows_of(path, batch.slice(start, rows), first + start, report, apart)
+
+
+def _rows_of(path: str, batch: Any, first: int, report: Report, apart: Apart | None) -> Iterator[Row]:
     """Rows of one batch; one whose text is not UTF-8 is reported."""
     names = batch.schema.names
+    if apart is not None and _has_long(batch, apart.column):
+        yield from _one_by_one(path, batch, first, report, apart)
+        return
     try:
         columns = [column.to_pylist() for column in batch.columns]
     except (UnicodeDecodeError, ValueError):
-        yield from _one_by_one(path, batch, first, report)
+        yield from _one_by_one(path, batch, first, report, None)
         return
     for index, values in enumerate(zip(*columns, strict=True)):
         yield Row(f"row {first + index}", dict(zip(names, values, strict=True)))
 
 
-def _one_by_one(path: str, batch: Any, first: int, report: Report) -> Iterator[Row]:
+def _has_long(batch: Any, column: str) -> bool:
+    """Whether the text of a row is to be kept apart."""
+    pa = arrow_package()
+    if column not in batch.schema.names:
+        return False
+    try:
+        longest = pa.compute.max(pa.compute.binary_length(batch.column(column))).as_py()
+    except pa.ArrowNotImplementedError:  # no plain strings
+        return False
+    return longest is not None and longest > LONG
+
+
+def _one_by_one(path: str, batch: Any, first: int, report: Report, apart: Apart | None) -> Iterator[Row]:
     for index in range(batch.num_rows):
         try:
-            values = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+            values = {name: _value(batch, name, index, apart) for name in batch.schema.names}
         except (UnicodeDecodeError, ValueError) as error:
             report(Fault(path, f"row {first + index}", str(error)))
             continue
-        yield Row(f"row {first + index}", values)
+        with kept_while_used(values, apart):
+            yield Row(f"row {first + index}", values)
+
+
+def _value(batch: Any, name: str, index: int, apart: Apart | None) -> Any:
+    scalar = batch.column(name)[index]
+    if apart is None or name != apart.column or not scalar.is_valid:
+        return scalar.as_py()
+    content = memoryview(scalar.as_buffer())
+    if len(content) <= LONG:
+        return scalar.as_py()
+    return long_text((bytes(content[at : at + LONG]) for at in range(0, len(content), LONG)), apart.folder)
 
 
 # --- arrow -----------------------------------------------------------------------------------------------------------
@@ -225,7 +265,9 @@ def _batches(reader: Any, count: int | None) -> Iterator[Any]:
             return
 
 
-def read_arrow(unit: Unit, wanted: Sequence[str], report: Report, options: Options) -> Iterator[Row]:
+def read_arrow(
+    unit: Unit, wanted: Sequence[str], report: Report, options: Options, apart: Apart | None = None
+) -> Iterator[Row]:
     """Rows of the unit's record batches with those of the `wanted` columns that exist; () wants all."""
     pa = arrow_package()
     first = 0
@@ -239,18 +281,12 @@ def read_arrow(unit: Unit, wanted: Sequence[str], report: Report, options: Optio
                 if unit.stop is not None and index >= unit.stop:
                     return
                 if index >= unit.start:
-                    yield from _slices(unit.path, batch.select(names), first, report)
+                    yield from _slices(unit.path, batch.select(names), first, report, apart)
                 first += batch.num_rows
             if count is None and not _has_end_mark(source):
                 report(Fault(unit.path, f"row {first}", "the stream has no end mark: it may have been cut off", True))
     except (ValueError, pa.ArrowException, OSError) as error:
         report(Fault(unit.path, f"row {first}", _short(error), ends_unit=True))
-
-
-def _slices(path: str, batch: Any, first: int, report: Report) -> Iterator[Row]:
-    rows = max(1, min(_MOST_ROWS, _BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
-    for start in range(0, batch.num_rows, rows):
-        yield from batch_rows_of(path, batch.slice(start, rows), first + start, report)
 
 
 def _has_end_mark(source: Any) -> bool:

@@ -1,12 +1,15 @@
 """What a source of documents is: units of work that can be listed, and documents read from one unit at a time."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from pathlib import Path
+from typing import Annotated, Any, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from data_prep.filters import DocumentFilters
+from data_prep.long_text import LongText
 
 
 @dataclass(frozen=True)
@@ -14,8 +17,10 @@ class Document:
     """One text to tokenise."""
 
     key: str
-    """Decides whether the document is held out; documents that share text should share the key."""
+    """Decides whether the document is held out; documents that share text should share the key. "" for a long text that
+    is its own key."""
     text: str
+    """"" when it is a `long_text` or `messages`."""
     loss_spans: tuple[tuple[int, int], ...] | None = None
     """Half-open character ranges of `text` whose tokens count in the loss; None: all of it."""
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -23,6 +28,16 @@ class Document:
     messages: Sequence[Mapping[str, Any]] | None = None
     """Turns of a conversation, each with `role` and `content`; `text` is "" then. The tokenizer's chat template turns
     them into ids, and the assistant's turns alone count in the loss."""
+    long_text: LongText | None = None
+    """A text that is not held in memory. Gone when the next document is asked for."""
+
+    def is_below(self, share: float, salt: bytes = b"") -> bool:
+        """Whether a hash of the key falls into a share of all: the same on every machine and in every order."""
+        if self.long_text is not None and not self.key:
+            digest = self.long_text.digest(salt)
+        else:
+            digest = hashlib.sha256(salt + self.key.encode("utf-8", "surrogatepass"))
+        return int.from_bytes(digest.digest()[:8], "big") < share * 2**64
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,13 @@ class SourceBase(BaseModel):
     """Output files are called this."""
     filters: DocumentFilters = DocumentFilters()
     """What this source sets here stands in for the recipe's filters."""
+    _scratch: Path | None = PrivateAttr(default=None)
+
+    def with_scratch(self, folder: Path) -> Self:
+        """The same source, which keeps long texts in temporary files of a folder instead of in memory."""
+        copy = self.model_copy()
+        copy._scratch = folder
+        return copy
 
 
 class Source(Protocol):

@@ -85,7 +85,7 @@ class ChatSource(FileSource):
             except (ValueError, RecursionError) as error:
                 report(Fault(unit.path, where, str(error)))
                 continue
-            if is_taken(document.key, self.take):
+            if is_taken(document, self.take):
                 yield document
 
     def document(self, row: dict[str, Any]) -> Document:

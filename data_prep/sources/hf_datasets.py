@@ -104,7 +104,7 @@ class HuggingFaceDataset(TextTable):
                 except (ValueError, RecursionError) as error:
                     report(Fault(unit.path, where, str(error)))
                     continue
-                if is_taken(document.key, self.take):
+                if is_taken(document, self.take):
                     yield document
         except DataError:
             raise

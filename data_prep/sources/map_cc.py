@@ -3,11 +3,14 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import gettempdir
 from typing import ClassVar, Literal
 
 from data_prep.formats.files import File, find_files
 from data_prep.formats.gzip_parts import GzipParts
-from data_prep.formats.lines import parse_object
+from data_prep.formats.lines import fields_of, row_of
+from data_prep.formats.long_json import kept_while_used
 from data_prep.sources.base import Document, Fault, Report, Unit
 from data_prep.sources.tabular import TextTable, is_taken
 from ouro_megatron.errors import DataError
@@ -90,9 +93,9 @@ class MapCC(TextTable):
     def _check_first_row(self, stream: GzipParts) -> None:
         found: list[Fault] = []
         whole = Unit(stream.path, stream.size)
-        for line in stream.lines(whole, found.append):
+        for line in stream.lines(whole, found.append, scratch=Path(gettempdir())):
             try:
-                row = parse_object(line.data)
+                row = fields_of(line)
             except ValueError:
                 continue
             if row is not None:
@@ -107,17 +110,23 @@ class MapCC(TextTable):
         if stream is None:
             raise DataError(f"source {self.name}: {unit.path} is not there any more")
         keys = (self.key,) if self.key is not None else self.fallback_keys
-        for line in stream.lines(unit, report, cut_is_expected=self.partial):
+        apart = self.apart()
+        for line in stream.lines(unit, report, cut_is_expected=self.partial, scratch=self._scratch):
             try:
-                row = parse_object(line.data)
-                if row is None or not self.is_kept(row):
-                    continue
-                document = self.document(row, keys)
+                row = row_of(line, apart)
             except (ValueError, RecursionError) as error:
                 report(Fault(unit.path, line.where, str(error)))
                 continue
-            if is_taken(document.key, self.take):
-                yield document
+            if row is None or not self.is_kept(row):
+                continue
+            with kept_while_used(row, apart):
+                try:
+                    document = self.document(row, keys)
+                except ValueError as error:
+                    report(Fault(unit.path, line.where, str(error)))
+                    continue
+                if is_taken(document, self.take):
+                    yield document
 
 
 def _family(path: str) -> str:

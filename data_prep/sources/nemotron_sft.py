@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from data_prep.formats.files import File
+from data_prep.formats.long_json import Apart
 from data_prep.sources.base import Document
 from data_prep.sources.chat_rows import Messages, checked
 from data_prep.sources.tabular import TextTable, text_of
@@ -35,6 +36,9 @@ class NemotronSft(TextTable):
                 f"source {self.name}: no parquet file in a folder {self.folder} below {self.path}; download it"
             )
         return own or found
+
+    def apart(self) -> Apart | None:
+        return None if self.roles else super().apart()
 
     def document(self, row: dict[str, Any], keys: Sequence[str]) -> Document:
         if self.roles:

@@ -103,7 +103,7 @@ class ProLong(FileSource):
                 raise DataError(f"source {self.name}: {unit.path} is not in its index.json any more")
             chosen = [(shard, unit.start, shard.samples if unit.stop is None else unit.stop)]
         for document in self._documents(reader, chosen, report):
-            if is_taken(document.key, self.take):
+            if is_taken(document, self.take):
                 yield document
 
     def _documents(

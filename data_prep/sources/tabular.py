@@ -1,6 +1,5 @@
 """What sources of rows share: files found and checked before any work, rows turned into documents one by one."""
 
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +11,10 @@ from pydantic import Field, model_validator
 from data_prep.formats.compression import codec_of
 from data_prep.formats.files import File, find_files, is_url
 from data_prep.formats.gzip_parts import GzipParts
+from data_prep.formats.long_json import Apart
 from data_prep.formats.rows import columns_of, format_of, read_rows, split_file
 from data_prep.formats.tables import Column
+from data_prep.long_text import LongText
 from data_prep.sources.base import Document, Fault, Report, SourceBase, Unit
 from ouro_megatron.errors import DataError
 
@@ -24,11 +25,9 @@ _FILES_A_FOLDER = 3
 """Looked at for their columns; more only where these hold no rows."""
 
 
-def is_taken(key: str, share: float) -> bool:
+def is_taken(document: Document, share: float) -> bool:
     """A share of documents by a hash of their key; not correlated with the hash that holds documents out."""
-    if share >= 1.0:
-        return True
-    return int.from_bytes(hashlib.sha256(b"take\0" + key.encode()).digest()[:8], "big") < share * 2**64
+    return share >= 1.0 or document.is_below(share, b"take\0")
 
 
 class FileSource(SourceBase):
@@ -178,7 +177,7 @@ class TextTable(FileSource):
     def read(self, unit: Unit, report: Report) -> Iterator[Document]:
         keys = (self.key,) if self.key is not None else self.fallback_keys
         wanted = (self.text, *keys, *self.fields, *self.where)
-        rows = read_rows(unit, wanted, report, self.storage_options)
+        rows = read_rows(unit, wanted, report, self.storage_options, self.apart())
         share = self.share(unit)
         for where, row in rows:
             if self.where and not self.is_kept(row):
@@ -188,8 +187,12 @@ class TextTable(FileSource):
             except (ValueError, RecursionError) as error:
                 report(Fault(unit.path, where, str(error)))
                 continue
-            if is_taken(document.key, share):
+            if is_taken(document, share):
                 yield document
+
+    def apart(self) -> Apart | None:
+        """What of the rows is not held in memory when it is long."""
+        return None if self._scratch is None else Apart(self.text, self._scratch)
 
     def share(self, unit: Unit) -> float:
         """Share of the unit's documents to use."""
@@ -197,10 +200,13 @@ class TextTable(FileSource):
 
     def document(self, row: dict[str, Any], keys: Sequence[str]) -> Document:
         """Raises ValueError when the row holds no text."""
+        key = next((str(row[name]) for name in keys if row.get(name) not in (None, "")), None)
+        if isinstance(long := row.get(self.text), LongText):
+            row.pop(self.text)
+            return Document(key or "", "", fields=row, long_text=long)
         text = text_of(row, self.text)
-        key = next((str(row[name]) for name in keys if row.get(name) not in (None, "")), text)
         row.pop(self.text)
-        return Document(key, text, fields=row)
+        return Document(text if key is None else key, text, fields=row)
 
 
 def text_of(row: Mapping[str, Any], name: str) -> str:

@@ -108,7 +108,8 @@ def to_save(engine: Engine) -> ShardedStateDict:
 def amax_template(lm: LoopLM) -> ShardedStateDict:
     """Histories of delayed FP8 scaling, `amax.<visits>.<layer and tensor>` fp32 [visits], the same on all ranks that
     hold a layer. Empty for other recipes."""
-    replica = (0, lm.context.tensor_rank, lm.context.data_rank)
+    context = lm.context
+    replica = (0, context.tensor_rank, context.data_rank * context.context_size + context.context_rank)
     found: ShardedStateDict = {}
     for name, history in lm.named_amax_histories():
         key = f"amax.{len(history.amax_v)}.{name}"

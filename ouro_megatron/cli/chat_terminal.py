@@ -1,5 +1,6 @@
 """The terminal side of `ouro chat`: lines in, coloured tokens out. Works with pipes as well."""
 
+import contextlib
 import sys
 from collections.abc import Generator
 from dataclasses import replace
@@ -26,6 +27,9 @@ class ChatTerminal:
         self._conversation, self._model, self._depths = conversation, model, depths
         self._console = Console(highlight=False, soft_wrap=True)
         self._asks = sys.stdin.isatty()
+        if self._asks:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (input() then has a history and moves with the arrow keys)
 
     def run(self) -> None:
         """Returns at the end of the conversation."""
@@ -58,9 +62,9 @@ class ChatTerminal:
         talk = self._conversation
         if name == "reset":
             talk.reset()
+            self._note("a new conversation")
         elif name == "undo":
-            if not talk.undo():
-                self._console.print("nothing to take back")
+            self._note("the last question and its answer are forgotten" if talk.undo() else "nothing to take back")
         elif name == "exit":
             self._change(exit_policy=ExitPolicy.parse(value))
         elif name == "loops" and value.isdigit():
@@ -68,13 +72,20 @@ class ChatTerminal:
         elif name == "temperature" and value.replace(".", "", 1).isdigit():
             self._change(sampling=replace(talk.request.sampling, temperature=float(value)))
         else:
+            if name != "help":
+                self._note(f"not a command: /{name} {value}".rstrip())
             self._console.print(_HELP, markup=False)
+
+    def _note(self, text: str) -> None:
+        self._console.print(f"({text})", style="dim", markup=False)
 
     def _change(self, **fields: object) -> None:
         """Takes new settings when the engine can serve them."""
         changed = replace(self._conversation.request, **fields)  # type: ignore[arg-type]
         self._model.engine.check(replace(changed, prompt=(0,), max_tokens=None))
         self._conversation.request = changed
+        loops = changed.max_loops or self._model.engine.settings.max_loops
+        self._note(f"exit {changed.exit_policy}, {loops} loops, temperature {changed.sampling.temperature:g}")
 
     def _answer(self, line: str) -> None:
         console, loops = self._console, self._model.engine.settings.max_loops
@@ -94,6 +105,6 @@ class ChatTerminal:
             reason = "stopped by you"
         console.print()
         if reason != "stop":
-            console.print(f"({reason})", style="dim")
+            self._note({"length": "cut off at the most tokens allowed"}.get(reason, reason))
         if depths and self._depths:
             depth_summary(console, depths, loops)

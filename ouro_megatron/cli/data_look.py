@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from data_prep.blend import Blend
@@ -157,15 +157,24 @@ def blend(
     write_blend(blends, out, megatron, tokenizer)
 
 
+_BLEND_COLUMNS = ("share (%)", "tokens", "of", "epochs", "epochs so far", "pairs")
+
+
+def _amount(tokens: float) -> str:
+    """In the unit that blends are written in: 4,404B, 0.9B, 20M."""
+    unit, name = (1e9, "B") if tokens >= 1e8 else (1e6, "M") if tokens >= 1e5 else (1e3, "k")
+    return f"{tokens / unit:,.1f}".removesuffix(".0") + name
+
+
 def _show_blend(console: Console, made: "Blend") -> None:
-    table = Table("source", "share (%)", "tokens (B)", "of (B)", "epochs", "epochs so far", "pairs")
-    table.title = f"{made.name}: {made.total / 1e9:,.3f}B tokens"
+    table = Table("source", *(Column(name, justify="right") for name in _BLEND_COLUMNS))
+    table.title = f"{made.name}: {_amount(made.total)} tokens"
     for row in made.rows:
         table.add_row(
             f"{row.origin}: {row.source}" if row.origin else row.source,
             f"{100 * row.share:.1f}",
-            f"{row.tokens / 1e9:,.3f}",
-            "?" if row.available is None else f"{row.available / 1e9:,.3f}",
+            _amount(row.tokens),
+            "?" if row.available is None else _amount(row.available),
             "?" if row.epochs is None else f"{row.epochs:.2f}",
             "?" if row.epochs_so_far is None else f"{row.epochs_so_far:.2f}",
             f"{len(row.prefixes):,}",

@@ -52,7 +52,13 @@ def sources(
     found = find_kind(kind)
     console.print(f"[cyan]{found.name}[/]: {escape(found.about)}\n")
     for setting in found.settings:
-        default = "" if setting.default == "none" else f", {setting.default}"
+        default = (
+            ""
+            if setting.default == "none"
+            else ", required"
+            if setting.default == "required"
+            else f", default {setting.default}"
+        )
         console.print(f"[bold]{setting.name}[/] [dim]({escape(setting.type + default)})[/]")
         console.print(Padding(escape(setting.meaning), (0, 0, 0, 4)))
     if found.recipe is not None:

@@ -1,6 +1,7 @@
 """`ouro generate`."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,6 +72,8 @@ def generate(
 
         ouro generate hf-folder --prompts-file prompts.jsonl --json --dtype bf16 --cache last
     """
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    lines = _lines(prompt or [], prompt_file, prompts_file)
     options = model_options(
         checkpoint,
         dtype=dtype,
@@ -80,7 +83,7 @@ def generate(
         context=context,
         cache=cache,
         skipped=skipped,
-        slots=batch,
+        slots=min(batch, len(lines)),
     )
     from ouro_megatron.inference.exit_policy import ExitPolicy
     from ouro_megatron.inference.generate import Completion, default_request, make_request, save_sample
@@ -89,7 +92,6 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     defaults = default_request(ExitPolicy.parse(exit_policy), max_loops, max_tokens, sampling, stop or [])
-    lines = _lines(prompt or [], prompt_file, prompts_file)
     with open_model(options) as model:
         completions = [
             Completion(index, line.prompt, make_request(line, defaults, model)) for index, line in enumerate(lines)

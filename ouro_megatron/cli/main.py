@@ -19,7 +19,9 @@ from ouro_megatron.cli.data import data
 from ouro_megatron.cli.doctor import doctor
 from ouro_megatron.cli.evaluation import evaluate
 from ouro_megatron.cli.exchange import export, import_checkpoint
+from ouro_megatron.cli.experiment import experiment
 from ouro_megatron.cli.generate import generate
+from ouro_megatron.cli.lm_eval import lm_eval
 from ouro_megatron.cli.plan import plan
 from ouro_megatron.cli.recipe import recipe
 from ouro_megatron.cli.report import report
@@ -58,12 +60,18 @@ app.command()(generate)
 app.command()(chat)
 app.command()(serve)
 app.command()(benchmark)
+app.command(
+    "lm_eval",
+    # Everything goes to the harness as it is; --help is its own behind a word: `ouro lm_eval run --help`.
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+)(lm_eval)
 app.command("eval")(evaluate)
 app.command("evaluate", hidden=True)(evaluate)  # the name it had
 app.command()(upcycle)
 app.command()(export)
 app.command("import")(import_checkpoint)
 app.command()(report)
+app.command()(experiment)
 app.command()(dashboard)
 app.command()(submit)
 app.command()(status)

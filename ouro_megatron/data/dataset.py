@@ -24,7 +24,15 @@ import torch
 from torch.utils.data import Dataset
 
 from ouro_megatron.data.epochs import Epochs, PackedEpoch, SampleForm, StreamEpoch
-from ouro_megatron.data.indexed import PrefixInfo, check_prefix, read_manifest, sha256_of, with_suffix
+from ouro_megatron.data.indexed import (
+    MAX_BLEND,
+    MAX_SEQUENCES,
+    PrefixInfo,
+    check_prefix,
+    read_manifest,
+    sha256_of,
+    with_suffix,
+)
 from ouro_megatron.data.packing import VERSION, PackingReport
 from ouro_megatron.data.plans import PackingPlan, write_plan
 from ouro_megatron.data.quiet import quiet_megatron
@@ -155,6 +163,8 @@ def build_dataset(
     if cache is None and world_size() > 1:
         raise DataError("data.cache: several ranks need a folder for the sample indices that all of them can read.")
     entries = settings.train if split_name == "train" else settings.validation
+    if len(entries) > MAX_BLEND:
+        raise DataError(f"{split_name} data: {len(entries):,} pairs; a blend holds {MAX_BLEND:,} at most.")
 
     def prepare() -> tuple[tuple[PrefixInfo, ...], tuple[str, ...]]:
         infos = tuple(_check_entry(entry, tokenizer, settings) for entry in entries)
@@ -188,8 +198,10 @@ def _check_entry(entry: BlendEntry, tokenizer: TextTokenizer, settings: DataSect
             f"{entry.path}: {info.tokens} tokens do not fill one sample of data.sequence_length + 1 = "
             f"{sequence_length + 1}. Prepare more data or shorten the sequence."
         )
-    if info.sequences >= 2**31:
-        raise DataError(f"{entry.path}: {info.sequences} sequences, Megatron's document index holds fewer than 2^31.")
+    if info.sequences > MAX_SEQUENCES:
+        raise DataError(
+            f"{entry.path}: {info.sequences:,} sequences; Megatron's document index holds {MAX_SEQUENCES:,} at most."
+        )
     return info
 
 

@@ -33,6 +33,12 @@ DTYPES: dict[int, type[np.generic]] = {
 """Codes of the integer types; 6 and 7 are floats and never hold token ids."""
 
 
+MAX_BLEND = 32_766
+"""Pairs in a blend: Megatron numbers them in int16, and asks for fewer than 32,767."""
+MAX_SEQUENCES = 2**31 - 1
+"""Sequences of a pair: Megatron's document index is int32."""
+
+
 def with_suffix(prefix: Path, suffix: str) -> Path:
     """`prefix` plus `suffix`; unlike Path.with_suffix it keeps dots of the name ("web.v1" -> "web.v1.bin")."""
     return prefix.parent / (prefix.name + suffix)

@@ -145,7 +145,7 @@ def _package(
 def _capability(torch: dict[str, Any]) -> tuple[int, int] | None:
     """The lowest compute capability among the GPUs: all ranks run the same kernels."""
     found = [tuple(device["capability"]) for device in torch.get("devices", [])]
-    return min(found) if found else None  # type: ignore[return-value]
+    return min(found) if found else None
 
 
 def _gpu(torch: dict[str, Any], capability: tuple[int, int] | None) -> list[Finding]:

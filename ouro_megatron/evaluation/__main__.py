@@ -4,5 +4,11 @@ from lm_eval.__main__ import cli_evaluate
 
 import ouro_megatron.evaluation.harness  # noqa: F401  (importing it registers the model type)
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Reads sys.argv."""
     cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

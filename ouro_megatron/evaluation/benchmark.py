@@ -81,6 +81,12 @@ def read_suite(name: str) -> list[TaskChoice]:
         raise RecipeError(f"--suite {name}: a mapping with a list `tasks` of task, shots, metric ({error})") from error
 
 
+def require_harness() -> None:
+    """Raises RecipeError when lm-evaluation-harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RecipeError("lm-evaluation-harness is not installed: pip install 'ouro-megatron[eval]'")
+
+
 def run_benchmark(
     path: Path, settings: BenchmarkSettings, *, device: str = "cpu", out: Path | None = None
 ) -> list[Result]:
@@ -89,8 +95,7 @@ def run_benchmark(
     Raises RecipeError for settings out of range, a task the harness does not know, or the harness not being installed;
     DataError when a task's data cannot be had.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise RecipeError("lm-evaluation-harness is not installed: pip install 'ouro-megatron[eval]'")
+    require_harness()
     policies = [ExitPolicy.parse(text) for text in settings.exits]
     unsafe = [choice.task for choice in settings.tasks if choice.unsafe]
     if unsafe and not settings.allow_code:

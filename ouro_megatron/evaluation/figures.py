@@ -56,7 +56,15 @@ def _loss(axes: Axes, quality: Sequence[LoopQuality], trained: int) -> None:
     loops = [row.loop for row in quality]
     axes.plot(loops, [row.bits_per_byte for row in quality], marker="o", color=LINE)
     axes.axvline(trained, color=MUTED, linestyle=":")
-    axes.annotate(f"trained with {trained}", (trained, axes.get_ylim()[1]), fontsize=8, color=MUTED, va="top")
+    axes.annotate(
+        f"trained with {trained}",
+        (trained, axes.get_ylim()[1]),
+        (4, 0),
+        textcoords="offset points",
+        fontsize=8,
+        color=MUTED,
+        va="top",
+    )
     axes.set(title="Loss by loop", xlabel="loop", ylabel="bits per byte", xticks=loops)
 
 
@@ -65,9 +73,16 @@ def _tradeoff(axes: Axes, quality: Sequence[LoopQuality], curve: Sequence[CurveP
     axes.plot(*zip(*fixed, strict=True), marker="s", color=MUTED, linestyle="--", label="every token at loop t")
     points = [(point.mean_loops, 100 * point.accuracy) for point in curve]
     axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=LINE, label="each token at its CDF ≥ q")
+    # Where the gate stops most tokens at one loop the points coincide, and share a label.
+    labels: dict[float, list[str]] = {}
     for point in curve:
         if point.q in (0.25, 0.5, 0.75):
-            axes.annotate(f"q={point.q:g}", (point.mean_loops, 100 * point.accuracy), fontsize=8, va="bottom")
+            near = [at for at in labels if abs(at - point.mean_loops) < 0.5]
+            labels.setdefault(near[0] if near else point.mean_loops, []).append(f"{point.q:g}")
+    heights = {point.mean_loops: 100 * point.accuracy for point in reversed(curve)}
+    for at, names in labels.items():
+        place = (5, -12)
+        axes.annotate(f"q = {', '.join(names)}", (at, heights[at]), place, textcoords="offset points", fontsize=8)
     axes.set(title="Accuracy and compute", xlabel="mean loops a token", ylabel="next-token accuracy, %")
     axes.legend()
 
@@ -106,6 +121,7 @@ def _classes(axes: Axes, classes: Sequence[ClassDepth]) -> None:
         xlim=(0, 1.6 * max((row.expected_depth for row in rows), default=1.0)),
     )
     axes.grid(axis="y", visible=False)
+    axes.set_axisbelow(True)
 
 
 def lines_figure(

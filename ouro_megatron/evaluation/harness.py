@@ -1,6 +1,6 @@
 """Looped models in lm-evaluation-harness, at any exit: the model type `ouro_megatron`.
 
-    python -m ouro_megatron.evaluation run --model ouro_megatron \\
+    ouro lm_eval --model ouro_megatron \\
         --model_args pretrained=runs/demo/4-gate,exit=step=2 --tasks my_task --include_path tasks/
 
 is the harness's own command with the model type known. `ouro benchmark` runs tasks at several exits at once.

@@ -146,7 +146,7 @@ class ModelSession:
         model = self.model
         self._scorer = None
         settings = EngineSettings(slots=self._batch, context=max_length, max_loops=loops)
-        weights = take_weights(model.lm, DTYPES[self._dtype])
+        weights = take_weights(model.lm, DTYPES[self._dtype], settings.slots)
         runner = make_runner(weights, settings, self.context)
         self._engine = Engine(runner, settings, self.tokenizer, self.recipe.model.vocab)
         return self._engine

@@ -4,7 +4,6 @@ Rows are cut into jobs once a visit, each one call a layer: a run of single toke
 entry is a job without copying (their keys are one view), several positions of one sequence are another.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,7 +37,9 @@ class Segment:
 class Job(NamedTuple):
     rows: slice
     entry: int
-    slots: slice
+    slot: int
+    """The first of as many neighbouring slots as there are rows; of `count` rows of one sequence, its own."""
+    slots: int
     length: int
     """Positions of the longest sequence."""
     mask: Tensor | None
@@ -84,56 +85,46 @@ def _single(run: list[Segment], next_row: int, cache: KeyValueCache, dtype: torc
     longest = max(lengths)
     mask = None
     if min(lengths) < longest:
-        device = cache.keys.device
+        device = cache.device
         hidden = torch.arange(longest, device=device)[None, :] >= torch.tensor(lengths, device=device)[:, None]
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)[:, None, None]
-    slots = slice(run[0].slot, run[-1].slot + 1)
     rows = slice(next_row - len(run), next_row)
-    return Job(rows, cache.entry(run[0].loop), slots, longest, mask, False, False, True)
+    return Job(rows, cache.entry(run[0].loop), run[0].slot, len(run), longest, mask, False, False, True)
 
 
 def _several(segment: Segment, row: int, cache: KeyValueCache, dtype: torch.dtype) -> Job:
     mask = None
     if segment.start and not segment.prompt:
-        device = cache.keys.device
+        device = cache.device
         seen = torch.arange(segment.end, device=device)[None, :]
         own = torch.arange(segment.start, segment.end, device=device)[:, None]
         mask = torch.zeros(segment.count, segment.end, dtype=dtype, device=device)
         mask.masked_fill_(seen > own, -torch.inf)
-    rows, slots = slice(row, row + segment.count), slice(segment.slot, segment.slot + 1)
-    entry = cache.entry(segment.loop)
-    return Job(rows, entry, slots, segment.end, mask, mask is None, segment.prompt, False)
+    rows, entry = slice(row, row + segment.count), cache.entry(segment.loop)
+    return Job(rows, entry, segment.slot, 1, segment.end, mask, mask is None, segment.prompt, False)
 
 
-def attend(job: Job, cache: KeyValueCache, layer: int, q_nhd: Tensor, k_ngd: Tensor, v_ngd: Tensor) -> Tensor:
-    """Context [rows, heads, d] of a job's rows; k_ngd and v_ngd are the visit's new keys and values, stored already."""
+def attend(job: Job, cache: KeyValueCache, layer: int, q_nhd: Tensor, kv_npd: Tensor) -> Tensor:
+    """Context [rows, heads, d] of a job's rows; kv_npd [n, 2g, d]: the visit's new keys and values, stored already."""
     q_rhd = q_nhd[job.rows]
-    if job.prompt:
-        key, value = k_ngd[job.rows].transpose(0, 1)[None], v_ngd[job.rows].transpose(0, 1)[None]
-    else:
-        key = cache.keys[layer, job.entry, job.slots, :, : job.length]
-        value = cache.values[layer, job.entry, job.slots, :, : job.length]
+    rows, heads, dim = q_rhd.shape
+    groups = kv_npd.shape[1] // 2
     if job.single:
         # Queries that share a key/value head are seen as its rows: all of them may look at the same positions.
-        rows, heads, dim = q_rhd.shape
-        q_bgrd = q_rhd.view(rows, key.shape[1], -1, dim)
-        return _attend_one(q_bgrd, key, value, job.mask).reshape(rows, heads, dim)
+        key, value = cache.view(layer, job.entry, job.slot, job.slots, job.length)
+        context = F.scaled_dot_product_attention(q_rhd.view(rows, groups, -1, dim), key, value, attn_mask=job.mask)
+        return context.reshape(rows, heads, dim)
+    if job.prompt:
+        new = kv_npd[job.rows].transpose(0, 1)[None]
+        key, value = new[:, :groups], new[:, groups:]
+    else:
+        key, value = cache.view(layer, job.entry, job.slot, job.slots, job.length)
     context_1hrd = F.scaled_dot_product_attention(
         q_rhd.transpose(0, 1)[None],
         key,
         value,
         attn_mask=job.mask,
         is_causal=job.causal,
-        enable_gqa=q_rhd.shape[1] != key.shape[1],
+        enable_gqa=heads != groups,
     )
     return context_1hrd[0].transpose(0, 1)
-
-
-def _attend_one(q_bgrd: Tensor, key_bgsd: Tensor, value_bgsd: Tensor, mask: Tensor | None) -> Tensor:
-    if q_bgrd.dtype == torch.bfloat16 and q_bgrd.device.type == "cpu":
-        # torch's fused CPU kernel takes up to six times as long in bf16 for a single query row (docs/results).
-        scores = torch.matmul(q_bgrd, key_bgsd.transpose(-1, -2)).float() / math.sqrt(q_bgrd.shape[-1])
-        if mask is not None:
-            scores = scores + mask
-        return torch.matmul(scores.softmax(-1).to(q_bgrd.dtype), value_bgsd)
-    return F.scaled_dot_product_attention(q_bgrd, key_bgsd, value_bgsd, attn_mask=mask)

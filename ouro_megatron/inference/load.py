@@ -147,7 +147,7 @@ def _load(
             context=options.context or model.recipe.data.sequence_length,
         )
         settings.check()
-        weights = take_weights(model.lm, DTYPES[options.dtype])
+        weights = take_weights(model.lm, DTYPES[options.dtype], settings.slots)
         runner = make_runner(weights, settings, context)
     except OuroError:
         context.close()

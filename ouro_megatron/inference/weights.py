@@ -78,10 +78,11 @@ def split_megatron_qkv(weight: Tensor, groups: int, dim: int) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def take_weights(lm: LoopLM, dtype: torch.dtype) -> ModelWeights:
+def take_weights(lm: LoopLM, dtype: torch.dtype, sequences: int) -> ModelWeights:
     """Arranges a loaded model's tensors for decoding and empties the model: its parameters must not be used again.
 
-    One layer at a time, so that the peak is the model plus one layer.
+    sequences: how many will run at one time, which decides the layout of the matrices. One layer at a time, so that
+    the peak is the model plus one layer.
     """
     model, context = lm.model, lm.context
     dim = head_dim(model)
@@ -94,6 +95,9 @@ def take_weights(lm: LoopLM, dtype: torch.dtype) -> ModelWeights:
         parameter.data = parameter.data.new_empty(0)
         return tensor
 
+    def linear(weight: Tensor) -> Linear:
+        return Linear(weight, sequences)
+
     layers = []
     for index in range(model.layers):
         prefix = f"decoder.layers.{index}."
@@ -101,16 +105,17 @@ def take_weights(lm: LoopLM, dtype: torch.dtype) -> ModelWeights:
         layers.append(
             LayerWeights(
                 input_norm_h=take(f"{prefix}input_layernorm.weight"),
-                qkv=Linear(arrange_qkv(*qkv, dim)),
-                out=Linear(take(f"{prefix}self_attention.linear_proj.weight")),
+                qkv=linear(arrange_qkv(*qkv, dim)),
+                out=linear(take(f"{prefix}self_attention.linear_proj.weight")),
                 post_attention_norm_h=take(f"{prefix}post_attention_norm.weight"),
                 mlp_norm_h=take(f"{prefix}pre_mlp_layernorm.weight"),
-                gate_up=Linear(take(f"{prefix}mlp.linear_fc1.weight")),
-                down=Linear(take(f"{prefix}mlp.linear_fc2.weight")),
+                gate_up=linear(take(f"{prefix}mlp.linear_fc1.weight")),
+                down=linear(take(f"{prefix}mlp.linear_fc2.weight")),
                 post_mlp_norm_h=take(f"{prefix}post_mlp_norm.weight"),
             )
         )
-    return _assemble(model, dtype, context.device, (context.tensor_rank, context.tensor_size), layers, take)
+    head = linear(take("output_layer.weight"))
+    return _assemble(model, dtype, context.device, (context.tensor_rank, context.tensor_size), layers, head, take)
 
 
 def _assemble(
@@ -119,6 +124,7 @@ def _assemble(
     device: torch.device,
     tensor: tuple[int, int],
     layers: list[LayerWeights],
+    head: Linear,
     take: Callable[..., Tensor],
 ) -> ModelWeights:
     rank, size = tensor
@@ -135,5 +141,5 @@ def _assemble(
         final_norm_h=take("decoder.final_layernorm.weight"),
         gate_1h=take("exit_gate.weight", torch.float32),
         gate_bias_1=take("exit_gate.bias", torch.float32),
-        head=Linear(take("output_layer.weight")),
+        head=head,
     )

@@ -149,10 +149,10 @@ def attend_slices(query: Tensor, seen: tuple[Tensor, ...], part: ContextPart) ->
     """query [s / size, b, n, d], of each slice [keys, 2, g, d] in the order of its runs -> [s / size, b, n, d]."""
     s, b, n, d = query.shape
     slices = query.unflatten(0, (2, s // 2)).transpose(1, 2).flatten(1, 2).unbind()
-    contexts = [
-        _attend(q_tnd, *keys_values.unbind(1), sight)
-        for q_tnd, keys_values, sight in zip(slices, seen, part.sights, strict=True)
-    ]
+    contexts = []
+    for q_tnd, keys_values, sight in zip(slices, seen, part.sights, strict=True):
+        k_tgd, v_tgd = keys_values.unbind(1)
+        contexts.append(_attend(q_tnd, k_tgd, v_tgd, sight))
     return torch.cat([context.view(b, s // 2, n, d).transpose(0, 1) for context in contexts])
 
 
@@ -264,7 +264,7 @@ def _gathered_again(tensors: tuple[Tensor, ...], make: Callable[[], tuple[Tensor
         if index is None:
             return saved
         remade.uses += 1
-        return _Dropped(remade, index, saved.size(), saved.stride(), saved.storage_offset())
+        return _Dropped(remade, index, saved.size(), saved.stride(), int(saved.storage_offset()))
 
     def unpack(kept: Tensor | _Dropped) -> Tensor:
         if isinstance(kept, Tensor):

@@ -1,8 +1,10 @@
 """Documents that lie in one sequence and must not see each other: block-diagonal causal attention without a mask."""
 
 import inspect
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +29,33 @@ class DocumentBounds:
     longest: int
     qkv_format = "sbhd"
     """Tells Megatron's attention to leave shapes and angles alone: the core cuts the documents."""
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int]]:
+        """(length, documents of it), the shortest first; each document by itself, in order, where few share a length:
+        sorting them would cost more than it saves."""
+        counts = Counter(self.lengths)
+        if 2 * len(counts) > len(self.lengths):
+            return [(length, 1) for length in self.lengths]
+        return sorted(counts.items())
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """int64 [b * s]: tokens of the rows laid end to end, in the order of `groups`; None when it is theirs."""
+        if [length for length, count in self.groups for _ in range(count)] == list(self.lengths):
+            return None
+        lengths, starts = self.cu_seqlens.diff().long(), self.cu_seqlens[:-1].long()
+        by_length = lengths.argsort(stable=True)
+        lengths, starts = lengths[by_length], starts[by_length]
+        ends = lengths.cumsum(0)
+        shift = (starts - ends + lengths).repeat_interleave(lengths)
+        return torch.arange(sum(self.lengths), device=shift.device) + shift
+
+    @cached_property
+    def back(self) -> Tensor:
+        """The inverse of `order`."""
+        assert self.order is not None
+        return self.order.argsort()
 
     @classmethod
     def of_batch(cls, batch: Mapping[str, Tensor], device: torch.device) -> "DocumentBounds | None":
@@ -56,7 +85,7 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Doc
     """Causal attention inside each document: query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n, d].
 
     Memory grows with s, work with the sum of squared document lengths. One flash-attention call on CUDA in half
-    precision, else a call for each document.
+    precision, else a call for each length that documents have.
     """
     s, b, n, d = query.shape
     q, k, v = (x.transpose(0, 1).reshape(b * s, -1, d) for x in (query, key, value))
@@ -64,7 +93,7 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Doc
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         context = _flash(q, k, v, documents, grouped)
     else:
-        context = _one_by_one(q, k, v, documents.lengths, grouped)
+        context = _by_length(q, k, v, documents, grouped)
     return context.view(b, s, n, d).transpose(0, 1)
 
 
@@ -99,12 +128,17 @@ def causal_runs(
     return context
 
 
-def _one_by_one(q_tnd: Tensor, k_tgd: Tensor, v_tgd: Tensor, lengths: tuple[int, ...], grouped: bool) -> Tensor:
+def _by_length(q_tnd: Tensor, k_tgd: Tensor, v_tgd: Tensor, documents: DocumentBounds, grouped: bool) -> Tensor:
+    groups = documents.groups
+    order = documents.order
+    if order is not None:
+        q_tnd, k_tgd, v_tgd = (x.index_select(0, order) for x in (q_tnd, k_tgd, v_tgd))
     parts = []
+    sizes = [length * count for length, count in groups]
     # `split` has one backward for all parts; slicing would add up a whole tensor of zeros for each.
-    for q, k, v in zip(*(x.split(lengths) for x in (q_tnd, k_tgd, v_tgd)), strict=True):
-        q_bnsd, k_bgsd, v_bgsd = (x.transpose(0, 1)[None] for x in (q, k, v))
-        causal = q.shape[0] > 1
-        part = F.scaled_dot_product_attention(q_bnsd, k_bgsd, v_bgsd, is_causal=causal, enable_gqa=grouped)
-        parts.append(part[0].transpose(0, 1))
-    return torch.cat(parts)
+    for (length, count), *qkv in zip(groups, *(x.split(sizes) for x in (q_tnd, k_tgd, v_tgd)), strict=True):
+        q_bnsd, k_bgsd, v_bgsd = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
+        part = F.scaled_dot_product_attention(q_bnsd, k_bgsd, v_bgsd, is_causal=length > 1, enable_gqa=grouped)
+        parts.append(part.transpose(1, 2).flatten(0, 1))
+    together = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return together if order is None else together.index_select(0, documents.back)

@@ -35,8 +35,7 @@ class _RMSNorm(torch.autograd.Function):
         if x.is_cuda:
             from ouro_megatron.kernels import rms_norm
 
-            d_x, d_weight_h = rms_norm.backward(d_y, x, weight_h, scale)
-            return d_x, d_weight_h, None, d_residual
+            return *rms_norm.backward(d_y, x, weight_h, scale), None, d_residual
         normed = x.to(scale.dtype) * scale
         d_weight_h = None
         if ctx.needs_input_grad[1]:

@@ -52,7 +52,7 @@ def place_of(thread: int, neighbours: Mapping[str, int] | None = None, *, cuda: 
 
 def _stack(frame: FrameType | None) -> list[FrameType]:
     """Innermost frame first."""
-    frames = []
+    frames: list[FrameType] = []
     while frame is not None and len(frames) < _DEEPEST:
         frames.append(frame)
         frame = frame.f_back

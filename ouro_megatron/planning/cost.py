@@ -86,21 +86,26 @@ class Costs:
 
     @cached_property
     def layer_parts(self) -> dict[str, float]:
-        """Seconds of the forward of one layer for one microbatch, by what the GPU does in them."""
+        """Seconds of the forward of one layer for one microbatch, by what it waits for in them."""
         layout, model = self.layout, self.layout.model
         query, key, ffn, _ = widths(layout)
         tokens = layout.tokens
         matmul = 2.0 * tokens * (model.hidden * (2 * query + 2 * key) + 3 * model.hidden * ffn)
+        matmul *= 1 - layout.fp8_share + layout.fp8_share / self.efficiency.fp8_gain
         attention = 2.0 * tokens * query * layout.sequence
+        reached = self.efficiency.attention * layout.sequence / (layout.sequence + self.efficiency.attention_ramp)
         split = layout.tensor if layout.sequence_parallel else 1
-        # Passes over memory, in values a token: four norms of about twelve (fp32 inside), two sums, rotation, SwiGLU.
-        moved = layout.bytes_per_value * tokens * (54 * model.hidden / split + 14 * (query + key) + 5 * ffn)
-        return {
+        # A third of what forward and backward read and write, in values a token: two norms, two norms with the residual
+        # added, gradients of both streams (28), cutting and turning queries, keys and values (4), SwiGLU (8).
+        values = (28 * model.hidden / split + 4 * (query + 2 * key) + 8 * ffn) / 3
+        moved = layout.bytes_per_value * tokens * values
+        parts = {
             "matrix products": matmul / (self._peak * self.efficiency.matmul),
-            "attention": attention / (self._peak * self.efficiency.attention),
+            "attention": attention / (self._peak * reached),
             "passes over memory": moved / (self.gpu.memory_bandwidth * self.efficiency.memory),
-            "kernel launches": 30 * self.efficiency.launch_seconds,
         }
+        host = self.efficiency.host_layer_seconds * (1 + layout.fp8_share * (self.efficiency.host_fp8 - 1))
+        return parts | {"the host": max(0.0, host - sum(parts.values()))}
 
     @cached_property
     def layer_seconds(self) -> float:
@@ -147,13 +152,14 @@ class Costs:
         vocab = widths(layout)[3]
         products = 3 if layout.trains_model else 1
         matmul = products * 2.0 * layout.tokens * vocab * model.hidden
-        moved = layout.tokens * vocab * (4 * 8 + 2 * 4)
+        # Logits are read twice and overwritten once; a chunk's part of the weight's gradient is added in fp32.
         chunks = -(-layout.tokens // layout.chunk_tokens)
+        moved = layout.bytes_per_value * layout.tokens * vocab * 3 + chunks * 8 * vocab * model.hidden
         seconds = matmul / (self._peak * self.efficiency.matmul)
         seconds += moved / (self.gpu.memory_bandwidth * self.efficiency.memory)
         if layout.tensor > 1:
             seconds += self._tensor_seconds(1) + chunks * 2 * 2 * self.efficiency.latency_seconds
-        return seconds + chunks * 12 * self.efficiency.launch_seconds
+        return seconds
 
     def task_seconds(self, rank: int, task: Task) -> float:
         """A forward or backward visit of `rank`'s layers; backward is two forwards, three when recomputing."""

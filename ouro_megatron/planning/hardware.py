@@ -43,15 +43,25 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Fractions of the datasheet that are reached. Assumptions until a run on the GPU at hand replaces them."""
+    """Fractions of the datasheet that are reached, and what the host costs.
 
-    matmul: float = 0.70
-    attention: float = 0.50
+    All but `node`, `network` and `latency_seconds`, which are assumptions, are read off Ouro-1.4B's training step on
+    one H200 (docs/results/gpu.md): matrix products of Transformer Engine, cuDNN's attention, this project's kernels.
+    """
+
+    matmul: float = 0.71
+    attention: float = 0.515
+    """For long sequences, forward and backward together; of one of S tokens S / (S + attention_ramp) of that."""
+    attention_ramp: float = 1764.0
     memory: float = 0.75
+    fp8_gain: float = 1.45
+    """How much faster matrix products are in FP8, rounding included; twice is the datasheet's word."""
     node: float = 0.75
     network: float = 0.80
-    launch_seconds: float = 4e-6
-    """Between one small kernel and the next, where the host cannot keep the GPU fed."""
+    host_layer_seconds: float = 1.5e-3
+    """Python and launches for the forward of one layer, and half of what backward takes: small pieces of work wait."""
+    host_fp8: float = 1.27
+    """How much more the host does in FP8."""
     latency_seconds: float = 1.5e-5
     """Of one collective or one message."""
 

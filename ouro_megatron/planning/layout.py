@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ouro_megatron.recipe.layers import balanced_layers
+from ouro_megatron.recipe.layers import balanced_layers, fp8_layers
 from ouro_megatron.recipe.schema import ModelSection, Recipe, Recompute
 from ouro_megatron.recipe.validate import check_recipe, data_parallel_size
 
@@ -34,6 +34,8 @@ class Layout:
     """Ranks that share a sequence."""
     on_gpu: bool = False
     """Whether the kernels for CUDA run; they keep less for backward than plain torch on a CPU."""
+    fp8_share: float = 0.0
+    """Of the layers, those whose matrix products run in FP8."""
     trains_model: bool = True
     """False in the gate stage, whose model runs without a graph."""
 
@@ -101,5 +103,13 @@ def layout_of(recipe: Recipe, world: int) -> Layout:
         bytes_per_value=2 if recipe.precision.compute == "bf16" else 4,
         chunk_tokens=recipe.objective.chunk_tokens,
         on_gpu=training.device != "cpu",
-        trains_model=recipe.objective.kind == "expected_loss",
+        fp8_share=_fp8_share(recipe),
+        trains_model=recipe.objective.kind != "gate",
     )
+
+
+def _fp8_share(recipe: Recipe) -> float:
+    fp8 = recipe.precision.fp8
+    if fp8 is None or fp8.emulate:
+        return 0.0
+    return len(fp8_layers(recipe.model, fp8)) / recipe.model.layers

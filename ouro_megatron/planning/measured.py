@@ -8,7 +8,7 @@ from ouro_megatron.planning.schedule import Event, Timeline, rank_order
 def measured_timeline(
     recorded: Sequence[Sequence[tuple[str, float, float]]], loops: int, microbatches: int
 ) -> Timeline:
-    """`recorded`: by pipeline rank, its tasks as (kind, start, end) in the order they ran, in seconds of agreeing clocks.
+    """`recorded`: by pipeline rank, its tasks as (kind, start, end) in the order they ran, in seconds of one clock.
 
     Without a pipeline a task runs all loops of a microbatch. Raises ValueError when the tasks are not the schedule's.
     """

@@ -123,8 +123,8 @@ def working_bytes(layout: Layout, loop: int) -> float:
     _, _, ffn, _ = widths(layout)
     if not layout.trains_model:  # no backward: the largest of forward
         return size * layout.tokens * (3 * ffn + 3 * model.hidden) + gather_buffer(layout)
-    gradients = size * layout.tokens * (6 * ffn + 3 * model.hidden) + size * 2 * ffn * model.hidden
-    gradients = max(gradients, exchange_bytes(layout))
+    feed_forward = size * layout.tokens * (6 * ffn + 3 * model.hidden) + size * 2 * ffn * model.hidden
+    gradients = max(feed_forward, exchange_bytes(layout))
     again = layer_bytes(layout, "none") if layout.recomputes(loop) == "full" else 0.0
     return gradients + again + gather_buffer(layout)
 

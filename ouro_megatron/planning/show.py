@@ -26,7 +26,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print(_speed_line(plan))
     console.print(f"Limit: {plan.limit()}.")
     console.print(
-        "[dim]Speeds come from datasheets and assumed efficiencies, not from a run on these GPUs; bytes are counted.[/]"
+        "[dim]Speeds: datasheets and what an H200 reached; links between GPUs are assumed. Bytes are counted.[/]"
     )
 
 

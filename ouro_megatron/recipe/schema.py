@@ -93,8 +93,9 @@ class DataSection(Section):
 
 
 class ObjectiveSection(Section):
-    kind: Literal["expected_loss", "gate"] = "expected_loss"
-    """`expected_loss`: stage I, all weights learn. `gate`: stage II, only the exit gate learns."""
+    kind: Literal["expected_loss", "last_loop", "gate"] = "expected_loss"
+    """`expected_loss`: stage I, all weights learn. `last_loop`: plain cross-entropy after loop T; the gate is left
+    alone. `gate`: stage II, only the exit gate learns."""
     prior: Literal["uniform", "geometric"] = "uniform"
     beta: Annotated[float, Field(ge=0.0)] = 0.1
     """Weight of the entropy (uniform prior) or KL (geometric prior) term."""

@@ -13,7 +13,7 @@ from ouro_megatron.telemetry.records import EvalRecord, EventRecord, Record, Ste
 from ouro_megatron.telemetry.sink import RunInfo
 from ouro_megatron.telemetry.text import big, duration, evaluation_line, per_loop, step_line
 
-_STYLES = {"warning": "yellow", "failure": "bold red", "checkpoint": "green", "stop": "yellow", "rollback": "red"}
+_STYLES = {"warning": "yellow", "checkpoint": "green", "stop": "yellow", "rollback": "red"}
 
 
 class ConsoleSink:
@@ -50,7 +50,7 @@ class ConsoleSink:
                 self._print(escape(step_line(record, self._eta(record))))
         elif isinstance(record, EvalRecord):
             self._print(f"[bold cyan]{escape(evaluation_line(record))}[/]")
-        elif isinstance(record, EventRecord):
+        elif isinstance(record, EventRecord) and record.name != "failure":  # the command ends with that message itself
             style = _STYLES.get(record.name, "dim")
             self._print(f"[{style}]{record.name}: {escape(record.message)}[/]")
 

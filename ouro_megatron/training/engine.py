@@ -12,8 +12,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from torch import Tensor
 
-from ouro_megatron.model.context_attention import ContextPart
-from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.looplm import LoopLM
 from ouro_megatron.objective.head import HeadGroup
 from ouro_megatron.objective.loop_loss import LoopLoss, LossParts
@@ -23,57 +21,7 @@ from ouro_megatron.parallel.loop_pipeline import JoinLoopGradient, LoopPipeline,
 from ouro_megatron.parallel.position import Position
 from ouro_megatron.parallel.schedule_clock import ScheduleClock, TaskTime
 from ouro_megatron.recipe.schema import ObjectiveSection, OptimizerSection
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """One data-parallel rank's share of one forward pass, on the device: whole sequences.
-
-    The engine takes a context-parallel rank's tokens out of it.
-    """
-
-    tokens_bs: Tensor
-    labels_bs: Tensor
-    mask_bs: Tensor
-    documents: DocumentBounds | None = None
-    """Bounds of documents that must not see each other; None: each row is one."""
-
-    def part(self, context: ParallelContext, rows_part: ContextPart | None) -> "OwnTokens":
-        """What `context`'s rank computes on; `rows_part` where each row is one document."""
-        own = [context.own_tokens(whole_bs) for whole_bs in (self.tokens_bs, self.labels_bs, self.mask_bs)]
-        documents: DocumentBounds | ContextPart | None = self.documents
-        if context.context_size > 1:
-            documents = rows_part
-            if self.documents is not None:
-                documents = ContextPart.of(
-                    self.documents.lengths,
-                    *self.tokens_bs.shape,
-                    context.context_rank,
-                    context.context_size,
-                    context.device,
-                )
-        return OwnTokens(*own, self.tokens_bs.shape[1], documents, self.documents is not None)
-
-    @classmethod
-    def of(cls, batch: dict[str, Tensor]) -> "Microbatch":
-        """From what a MicrobatchReader yields."""
-        tokens_bs = batch["tokens_bs"]
-        documents = DocumentBounds.of_batch(batch, tokens_bs.device)
-        return cls(tokens_bs, batch["labels_bs"], batch["loss_mask_bs"], documents)
-
-
-@dataclass(frozen=True)
-class OwnTokens:
-    """A rank's tokens of one microbatch: all, or under context parallelism [b, s / context_size] of them."""
-
-    tokens_bs: Tensor
-    labels_bs: Tensor
-    mask_bs: Tensor
-    length: int
-    """Tokens of a whole sequence."""
-    documents: DocumentBounds | ContextPart | None
-    packed: bool
-    """Whether rows hold several documents."""
+from ouro_megatron.training.microbatch import Microbatch, OwnTokens, context_part
 
 
 @dataclass(frozen=True)
@@ -119,10 +67,11 @@ class Engine:
         self.keep_whole_gradients = False
         """Leave every data-parallel rank with all reduced gradients, not only its optimizer shard: to inspect them."""
         # Nothing to hide in the gate stage, whose backward runs inside forward, nor with one loop, which uses no gate.
+        # With `last_loop` no gate is used and the head is used once: Megatron would wait for gradients that never come.
         self.overlap = overlap and objective.kind == "expected_loss" and loops > 1 and context.replicas > 1
-        if objective.kind == "gate":
+        if objective.kind != "expected_loss":
             for name, parameter in lm.named_parameters():
-                parameter.requires_grad_(name.startswith("exit_gate."))
+                parameter.requires_grad_(name.startswith("exit_gate.") == (objective.kind == "gate"))
         with context.platform.megatron_calls():
             self.ddp = DistributedDataParallel(
                 config=lm.config,
@@ -287,8 +236,7 @@ class Engine:
         context, rows_part = self.context, None
         if context.context_size > 1 and self.lm.model.implementation == "local":
             rows, length = batches[0].tokens_bs.shape
-            place = (context.context_rank, context.context_size, context.device)
-            rows_part = ContextPart.of([length] * rows, rows, length, *place)
+            rows_part = context_part([length] * rows, rows, length, context)
         return [batch.part(context, rows_part) for batch in batches]
 
     def _spare_placeholders(self) -> None:

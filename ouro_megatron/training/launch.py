@@ -69,7 +69,7 @@ def train(recipe: Recipe, nproc: int | None) -> int:
     check_recipe(recipe, ranks)
     recipe = complete(recipe)
     check_recipe(recipe, ranks)  # the schedule against a budget in epochs
-    if _is_finished(recipe):
+    if is_finished(recipe):
         print(
             f"{recipe.name} is finished: {recipe.run_folder / 'checkpoints'} holds its last step. "
             "Choose another name to train again, or a longer budget.total to go on."
@@ -79,7 +79,8 @@ def train(recipe: Recipe, nproc: int | None) -> int:
         return Ranks(recipe, file, ranks, Path(failures)).run()
 
 
-def _is_finished(recipe: Recipe) -> bool:
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the run folder holds the last step, evaluated. The recipe must be complete (data/complete.py)."""
     found = newest(recipe.run_folder / "checkpoints")
     if found is None or (step_of(found.folder) or 0) != BatchPlan(recipe).total_steps:
         return False

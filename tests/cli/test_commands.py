@@ -37,6 +37,7 @@ def test_all_commands_are_there() -> None:
         "export",
         "import",
         "benchmark",
+        "lm_eval",
         "analyse pca",
         "analyse safety",
         "analyse agreement",
@@ -104,7 +105,7 @@ def test_errors_are_one_message_with_their_own_code(words: list[str], code: int,
 def test_commands_in_the_documents_exist() -> None:
     known = set(commands())
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "Makefile"]:
-        pattern = r"(?:^|[\s`/\"])ouro\"? ((?:analyse|checkpoint|data|recipe) )?([a-z][a-z-]*)"
+        pattern = r"(?:^|[\s`/\"])ouro\"? ((?:analyse|checkpoint|data|recipe) )?([a-z][a-z_-]*)"
         for match in re.finditer(pattern, document.read_text()):
             command = f"{match.group(1) or ''}{match.group(2)}"
             if command in {"analyse", "checkpoint", "data", "recipe"} or f"`ouro {command}" not in document.read_text():

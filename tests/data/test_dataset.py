@@ -191,6 +191,13 @@ def test_too_little_data(folder: Path) -> None:
         build(folder, sequence_length=100_000)
 
 
+def test_more_pairs_than_a_blend_holds(folder: Path) -> None:
+    entries = [BlendEntry(path=folder / "a", weight=1)] * 32_767
+    settings, tokenizer = data_section(folder, entries), load_tokenizer(folder / "tokenizer")
+    with pytest.raises(DataError, match="train data: 32,767 pairs; a blend holds 32,766 at most"):
+        build_dataset(settings, samples=1, seed=0, tokenizer=tokenizer, cache=None, split_name="train")
+
+
 def test_text_that_spells_a_special_token_stays_text(folder: Path) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer")
     ids = tokenizer.encode("a <|endoftext|> b")

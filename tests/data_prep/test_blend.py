@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,19 @@ def test_megatron_reads_the_file(prepared: Path, tmp_path: Path) -> None:
     paths, weights = read
     assert [Path(path).name for path in paths] == ["web-00000-of-00002", "web-00001-of-00002", "code"]
     assert weights == pytest.approx([37.5, 37.5, 25])
+
+
+def test_more_pairs_than_a_blend_holds(prepared: Path) -> None:
+    (blend,) = choose_blends(["web=60%", "code=40%"], None, prepared, "1M")
+
+    def with_pairs(count: int) -> Blend:
+        pairs = tuple((Path(f"/data/{number}"), 1 / count) for number in range(count))
+        return replace(blend, rows=(replace(blend.rows[0], prefixes=pairs, held_out=()),))
+
+    assert len(with_pairs(32_766).megatron_text().splitlines()) == 32_766
+    for text in (with_pairs(32_767).megatron_text, with_pairs(32_767).recipe_text):
+        with pytest.raises(DataError, match="a blend of 32,767 pairs; Megatron takes 32,766 at most"):
+            text()
 
 
 def test_a_path_that_megatron_would_cut(tmp_path: Path) -> None:

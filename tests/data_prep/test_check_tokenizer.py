@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from data_prep.byte_level import ByteLevelEncoder
-from data_prep.check_tokenizer import check_tokenizer
+from data_prep.check_tokenizer import _texts, check_tokenizer
 from data_prep.encode import Encoded
 from ouro_megatron.cli.data import data
 from ouro_megatron.errors import DataError
@@ -39,6 +39,21 @@ def test_equal_text(tmp_path: Path, texts: Path) -> None:
     assert "are equal in 3 files" in line and "1 files that are not UTF-8" in line
     result = CliRunner().invoke(data, ["check-tokenizer", str(tokenizer), str(texts), "--limit", "0.001"])
     assert result.exit_code == 0 and "are equal in 1 files" in result.output
+
+
+@pytest.mark.parametrize("piece", [1, 7, 100, 10**6])
+@pytest.mark.parametrize("content", ["", "é", "one\ntwo é\n", "中文\n" * 50 + "no end", "x" * 300])
+def test_large_files_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, content: str) -> None:
+    monkeypatch.setattr("data_prep.check_tokenizer._PIECE", piece)
+    (tmp_path / "a.txt").write_text(content)
+    found = list(_texts(tmp_path / "a.txt", None))
+    assert "".join(text for text, _ in found) == content and sum(size for _, size in found) == len(content.encode())
+    for limit in (1, 8, 101):
+        text = "".join(text for text, _ in _texts(tmp_path / "a.txt", limit))
+        assert text == content.encode()[:limit].decode("utf-8", "ignore")
+    (tmp_path / "a.txt").write_bytes(content.encode() + b"\xe4")
+    with pytest.raises(UnicodeDecodeError):
+        list(_texts(tmp_path / "a.txt", None))
 
 
 def test_difference_is_shown(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,6 +201,38 @@ def test_a_document_beyond_the_limit_has_a_pair_of_its_own(root: Path) -> None:
     assert [stats(prefix).documents for prefix in find_prefixes(root / "parts", "few", "train")] == [1] * 5
 
 
+def test_more_pairs_than_a_blend_holds(root: Path) -> None:
+    """Known before a pair is written; shards stay, so that other limits need no tokenising."""
+    (root / "many.jsonl").write_text('{"text": "a b"}\n' * 32_767)
+    sources = [{"name": "many", "kind": "jsonl", "path": str(root / "many.jsonl")}]
+    common: dict[str, Any] = {"sources": sources, "validation_fraction": 0, "shard_bytes": 200_000}
+    with pytest.raises(DataError, match="32,767 pairs; a blend takes 32,766 at most"):
+        run(root, "many", max_prefix_documents=1, **common)
+    assert not list((root / "many").glob("many*"))
+    shards = {path: path.stat().st_mtime_ns for path in (root / "many" / ".parts").glob("many/*/done.json")}
+    assert len(shards) == 3
+    load = load_data_recipe(recipe_file(root, "many", max_prefix_documents=20_000, keep_parts=True, **common))
+    prepare(load, Lines(), workers=1)
+    assert [stats(prefix).documents for prefix in find_prefixes(root / "many", "many", "train")] == [20_000, 12_767]
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in shards.items())
+
+
+def test_pairs_of_all_sources_count_together(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = len(run(root, "out", max_prefix_documents=50) and list((root / "out").glob("*.bin")))
+    assert whole > 6
+    for most in (whole, whole - 1):
+        monkeypatch.setattr("data_prep.prepare.MAX_BLEND", most)
+        if most == whole:
+            run(root, "fits", max_prefix_documents=50)
+            assert len(list((root / "fits").glob("*.bin"))) == whole
+            continue
+        with pytest.raises(DataError, match=f"{whole} pairs; a blend takes {most} at most"):
+            run(root, "over", max_prefix_documents=50)
+        assert not list((root / "over").glob("*.idx"))
+    with pytest.raises(DataError, match="max_prefix_documents"):  # Megatron's document index is int32
+        run(root, "out", max_prefix_documents=2**31)
+
+
 def test_faults_within_the_budget_are_written_down(root: Path) -> None:
     bad = ["{broken", '{"body": "no text"}', '{"text": 5}', '"a string"', '{"text": "\\ud800 half"}']
     (root / "web" / "3.jsonl").write_bytes(

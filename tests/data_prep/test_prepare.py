@@ -19,8 +19,8 @@ from data_prep.look import documents, stats
 from data_prep.merge import entropy_of
 from data_prep.prepare import load_data_recipe, prepare
 from data_prep.progress import State
-from data_prep.shards import group_units, is_held_out, refuse
-from data_prep.sources.base import Unit
+from data_prep.shards import group_units, refuse
+from data_prep.sources.base import Document, Unit
 from data_prep.sources.python_library import PythonProse, PythonStdlib
 from data_prep.verify import verify
 from ouro_megatron.data.tokenizer import load_tokenizer
@@ -150,7 +150,7 @@ def test_changed_input_is_done_again(root: Path) -> None:
 
 def test_held_out_by_key(root: Path) -> None:
     run(root, sources=[{"name": "web", "kind": "jsonl", "path": str(root / "raw"), "key": "url"}])
-    held_out = sum(is_held_out(f"u{i}", 0.2) for i in range(25))
+    held_out = sum(Document(f"u{i}", "").is_below(0.2) for i in range(25))
     assert stats(root / "out" / "web-validation").documents == 4 * held_out > 0
 
 
@@ -219,9 +219,22 @@ def test_stats_and_documents(root: Path) -> None:
     ("changes", "words"),
     [
         ({"sources": [{"name": "x", "kind": "jsonl", "path": "/nowhere"}]}, "/nowhere"),
-        ({"sources": [{"name": "x", "kind": "csv", "path": "/"}]}, "csv"),
-        ({"sources": [{"name": "x", "kind": "jsonl", "path": "p", "txt": 1}]}, "txt"),
-        ({"tokenizer": {"kind": "train", "vocab": 10}}, "vocab"),
+        ({"sources": [{"name": "x", "kind": "jsnol", "path": "/"}]}, "sources.0: no kind is called 'jsnol'; .*'jsonl'"),
+        ({"sources": [{"name": "x", "kind": "@", "path": "/"}]}, "no kind is called '@'; there are text_folder, jsonl"),
+        ({"sources": [{"name": "x", "path": "/"}]}, r"sources\.0\.kind is missing"),
+        ({"sources": [{"name": "x", "kind": "jsonl"}]}, r"sources\.0\.path is missing"),
+        ({"sources": [{"name": "x/y", "kind": "jsonl", "path": "p"}]}, r"sources\.0\.name: .* \(got 'x/y'\)"),
+        (
+            {"sources": [{"name": "x", "kind": "jsonl", "path": "p", "txt": 1}]},
+            r"unknown key sources\.0\.txt; did you mean 'text'",
+        ),
+        (
+            {"sources": [{"name": "x", "kind": "jsonl", "path": "p", "filters": {"min_chars": 1}}]},
+            r"sources\.0\.filters\.min_chars; did you mean 'min_characters'",
+        ),
+        ({"filters": {"decontaminate": {"file": []}}}, "filters.decontaminate.file; did you mean 'files'"),
+        ({"sorces": []}, "unknown key sorces; did you mean 'sources'"),
+        ({"tokenizer": {"kind": "train", "vocab": 10}}, r"data\.yaml: tokenizer\.vocab: .*\(got 10\)"),
         ({"tokenizer": {"kind": "existing", "path": "/nowhere"}}, "tokenizer.json"),
         ({"validation_fraction": 1.5}, "validation_fraction"),
     ],
@@ -229,6 +242,13 @@ def test_stats_and_documents(root: Path) -> None:
 def test_bad_recipes(root: Path, changes: dict, words: str) -> None:
     with pytest.raises(DataError, match=words):
         run(root, **changes)
+
+
+@pytest.mark.parametrize("content", ["", "a list", "- 1"])
+def test_no_recipe(tmp_path: Path, content: str) -> None:
+    (tmp_path / "data.yaml").write_text(content)
+    with pytest.raises(DataError, match="holds no settings"):
+        load_data_recipe(tmp_path / "data.yaml")
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,18 @@ def test_any_cut_of_pairs_with_and_without_masks(tmp_path: Path, piece: int, mon
     assert sorted(file.name for file in tmp_path.glob("all*")) == ["all.bin", "all.idx", "all.loss.bin"]
 
 
+@pytest.mark.parametrize(("vocab", "bytes_of_an_id"), [(65_536, 2), (65_537, 4)])
+def test_the_largest_id_of_each_width(tmp_path: Path, vocab: int, bytes_of_an_id: int) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    with PairWriter(tmp_path / "pair", token_dtype(vocab), count_vocab=vocab) as pair:
+        pair.add([0, vocab - 1, 1])
+    assert (tmp_path / "pair.bin").stat().st_size == 3 * bytes_of_an_id
+    dataset = IndexedDataset(str(tmp_path / "pair"))  # its arrays are views of memory that goes with it
+    assert dataset[0].tolist() == [0, vocab - 1, 1]
+    assert pair.counts is not None and pair.counts[vocab - 1] == 1
+
+
 def test_a_mask_that_says_nothing_is_left_out(tmp_path: Path) -> None:
     made = rows(4, 12, masked=False)
     write(tmp_path / "a", made, masked=True)

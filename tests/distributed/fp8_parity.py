@@ -30,6 +30,7 @@ class Fp8Layout:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    context: int = 1
     sequence_parallel: bool = False
     recompute: Recompute = "none"
     loops: int = 2
@@ -39,7 +40,7 @@ class Fp8Layout:
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def without_pipeline(self) -> "Fp8Layout":
@@ -48,7 +49,7 @@ class Fp8Layout:
 
     def section(self) -> Fp8Section:
         return Fp8Section(
-            recipe=self.recipe,  # type: ignore[arg-type]
+            recipe=self.recipe,
             first_layers_bf16=self.first_bf16,
             last_layers_bf16=self.last_bf16,
             amax_history=3,
@@ -93,7 +94,7 @@ def expected(layout: Fp8Layout, *, rounded: bool) -> Expected:
     fill_reference(reference)
     reference.double()
     if rounded:
-        fp8 = Fp8Reference(layout.recipe, layout.tensor, layout.data, visits=3)
+        fp8 = Fp8Reference(layout.recipe, layout.tensor, layout.data, layout.context, visits=3)
         in_fp8(reference, fp8, range(layout.first_bf16, layout.layers - layout.last_bf16))
     whole = rows_of(layout)
     counted, total = float(whole[2].sum()), 0.0
@@ -110,7 +111,7 @@ def expected(layout: Fp8Layout, *, rounded: bool) -> Expected:
 def both(layout: Fp8Layout) -> tuple[Expected, Expected]:
     """With FP8 and without."""
     plain = layout.without_pipeline
-    exact = replace(plain, recipe="none", tensor=1, first_bf16=0, last_bf16=0)
+    exact = replace(plain, recipe="none", tensor=1, context=1, first_bf16=0, last_bf16=0)
     return expected(plain, rounded=True), expected(exact, rounded=False)
 
 
@@ -118,7 +119,9 @@ def compare_all(layouts: list[Fp8Layout], wanted: list[tuple[Expected, Expected]
     """Runs on every rank; the layouts share one set of process groups. `wanted`: what `both` says of each."""
     first = layouts[0]
     context = create_context(
-        ParallelSection(tensor=first.tensor, pipeline=first.pipeline, sequence=first.sequence_parallel)
+        ParallelSection(
+            tensor=first.tensor, pipeline=first.pipeline, context=first.context, sequence=first.sequence_parallel
+        )
     )
     try:
         return [_compare(layout, context, *pair) for layout, pair in zip(layouts, wanted, strict=True)]

@@ -31,7 +31,7 @@ class Layout:
     sequence_parallel: bool = False
     recompute: Recompute = "none"
     recompute_loops: int | None = None
-    kind: Literal["expected_loss", "gate"] = "expected_loss"
+    kind: Literal["expected_loss", "last_loop", "gate"] = "expected_loss"
     prior: Literal["uniform", "geometric"] = "uniform"
     kv_heads: int = 4
     packed: bool = False
@@ -213,9 +213,9 @@ def _step_and_compare(
     lm, context = engine.lm, engine.context
     config = reference.config
     reference.double()  # its own rounding must not blur the comparison
-    if layout.kind == "gate":
+    if layout.kind != "expected_loss":
         for name, parameter in reference.named_parameters():
-            parameter.requires_grad_("early_exit" in name)
+            parameter.requires_grad_(("early_exit" in name) == (layout.kind == "gate"))
     expected = expected_loss(
         layout, reference, whole, ReferenceObjective(kind=layout.kind, prior=layout.prior, eta=0.3)
     )

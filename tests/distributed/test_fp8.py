@@ -76,6 +76,11 @@ def test_looped_pipeline() -> None:
     )
 
 
+def test_context_parallelism() -> None:
+    """A rank scales its own slices of each sequence; 64 tokens are half a block of `blockwise`."""
+    check([layout for layout in every_recipe(context=2) if layout.recipe != "blockwise"])
+
+
 def test_all_at_once() -> None:
     base = Fp8Layout("current", tensor=2, pipeline=2, sequence_parallel=True)
     check([base, replace(base, recipe="blockwise", recompute="full"), replace(base, data=1, last_bf16=1)])
@@ -162,7 +167,7 @@ def test_delayed_scaling_trains_over_a_pipeline() -> None:
 def pipeline_losses(recipe: str) -> list[float]:
     context = create_context(ParallelSection(pipeline=2))
     try:
-        lm = LoopLM(MODEL, context, fp8=Fp8Section(emulate=True, recipe=recipe))  # type: ignore[arg-type]
+        lm = LoopLM(MODEL, context, fp8=Fp8Section(emulate=True, recipe=recipe))
         initialise(lm, 5)
         engine = _engine(lm, context, overlap=False)
         tokens = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(0))

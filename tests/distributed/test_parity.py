@@ -47,6 +47,7 @@ def test_matrix(tensor: int, pipeline: int, data: int) -> None:
         for loops, rounds, recompute, kind in itertools.product((1, 2, 4), (1, 2), RECOMPUTE, OBJECTIVES)
         if not (kind == "gate" and loops == 1)
     ]
+    layouts += [replace(base, loops=loops, microbatches=pipeline, kind="last_loop") for loops in (1, 2, 4)]
     for layout, results in zip(layouts, zip(*run_ranks(compare_all, base.ranks, layouts), strict=True), strict=True):
         check(layout, list(results))
 
@@ -64,6 +65,8 @@ OTHERS = [
     Layout(tensor=2, pipeline=2, sequence_parallel=True, recompute="full", kv_heads=2),
     Layout(tensor=2, pipeline=2, kind="gate", sequence_parallel=True),
     Layout(tensor=2, data=2, loops=2, sequence_parallel=True),
+    Layout(tensor=2, sequence_parallel=True, kind="last_loop", recompute="full"),
+    Layout(tensor=2, pipeline=2, sequence_parallel=True, kind="last_loop", microbatches=4),
     Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True),
     Layout(tensor=2, pipeline=4, loops=4, microbatches=8),
     Layout(recompute="selective"),
@@ -96,6 +99,7 @@ def test_packed_documents_are_as_alone(tensor: int, pipeline: int, data: int) ->
         replace(base, loops=4, recompute="full"),
         replace(base, loops=4, recompute="selective"),
         replace(base, kind="gate"),
+        replace(base, loops=2, kind="last_loop"),
     ]
     for layout, results in zip(layouts, zip(*run_ranks(compare_all, base.ranks, layouts), strict=True), strict=True):
         check(layout, list(results))

@@ -129,7 +129,7 @@ def test_two_tensor_parallel_ranks_agree_with_one(folder: Path) -> None:
 
 def test_the_harness_own_command(folder: Path, tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path / "tasks")
-    words = [sys.executable, "-m", "ouro_megatron.evaluation", "run", "--model", "ouro_megatron"]
+    words = [sys.executable, "-c", "from ouro_megatron.cli import main; main()", "lm_eval", "--model", "ouro_megatron"]
     words += ["--model_args", f"pretrained={folder},exit=step=2,max_length=64", "--tasks", "local_choice"]
     words += ["--include_path", str(tasks), "--output_path", str(tmp_path / "results.json")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

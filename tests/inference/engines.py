@@ -32,7 +32,7 @@ def models(
         reference.model.early_exit_gate.weight.mul_(6)  # so that tokens leave at different loops
     lm = LoopLM(section, context)
     load(lm, to_megatron(dict(reference.state_dict()), reference.config))
-    return reference, take_weights(lm, dtype), context
+    return reference, take_weights(lm, dtype, 4), context
 
 
 class RecordingRunner(Runner):

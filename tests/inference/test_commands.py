@@ -82,6 +82,16 @@ def test_wrong_input_is_one_message(folder: Path, words: list[str], code: int, m
     assert "Traceback" not in result.stderr and result.stdout == ""
 
 
+def test_ranks_of_a_pipeline_are_refused(folder: Path) -> None:
+    """Two ranks of a launcher, without --tensor 2: the message says why and what to start instead."""
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    command = [str(OURO), "generate", str(folder), "--prompt", "x"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd="/", env=environment)
+    assert result.returncode == 2, result.stderr
+    message = " ".join(result.stderr.split())
+    assert "2 ranks were started for --tensor 1" in message and "a pipeline would idle" in message
+
+
 def test_a_chat_over_a_pipe(folder: Path) -> None:
     lines = [
         "hi",
@@ -101,6 +111,8 @@ def test_a_chat_over_a_pipe(folder: Path) -> None:
     shown = result.stdout
     assert shown.count("4 tokens, mean depth") == 3
     assert "max_loops 9: 1 to 4" in shown and "exit policy 'often'" in shown and "/temperature X" in shown
+    assert "exit step=2, 4 loops, temperature 0" in shown and "(not a command: /what)" in shown
+    assert "the last question and its answer are forgotten" in shown and "a new conversation" in shown
     # Greedy and forgotten: the third answer is a first one again, at the depth chosen since.
     assert shown.count("mean depth 4.00") == 1 and shown.count("mean depth 2.00") == 2
 

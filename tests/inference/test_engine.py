@@ -84,6 +84,26 @@ def test_tensor_parallel_ranks_agree_with_the_reference() -> None:
     assert first == second
 
 
+def in_bf16(cache: CachePolicy) -> tuple[float, float]:
+    """Largest difference of a prompt's logits from the reference in fp32: of the engine, of the reference in bf16."""
+    reference, weights, context = models(dtype=torch.bfloat16)
+    engine, runner = engine_of(weights, EngineSettings(slots=4, context=32, max_loops=4, cache=cache), context)
+    generate(engine, [Request(tuple(prompt), 2) for prompt in PROMPTS])
+    rows = torch.stack([recompute(reference, prompt, 1, ExitPolicy(), 4)[2][0] for prompt in PROMPTS])
+    # The first tokens of all prompts are read in one step.
+    first = torch.stack(runner.seen[: len(PROMPTS)])
+    reference.to(torch.bfloat16)
+    own = torch.stack([recompute(reference, prompt, 1, ExitPolicy(), 4)[2][0].float() for prompt in PROMPTS])
+    context.close()
+    return float((first[:, None] - rows[None]).abs().amax(-1).min(0).values.max()), float((own - rows).abs().max())
+
+
+@pytest.mark.parametrize("cache", ["all", "average"])
+def test_bf16_costs_what_it_costs_the_reference(cache: CachePolicy) -> None:
+    engine, reference = run_ranks(in_bf16, 1, cache)[0]
+    assert 0 < engine < 3 * reference < 0.3, (engine, reference)
+
+
 def decode_shared(kv_heads: int, run: bool) -> list[Decoded]:
     reference, weights, context = models(1, kv_heads)
     skipped: SkippedLoops = "run" if run else "copy"

@@ -130,6 +130,10 @@ def test_the_openai_client(served: Served) -> None:
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
     assert len(several.choices[0].logprobs.top_logprobs[0]) == 2
     assert several.usage.prompt_tokens == 4 and several.usage.completion_tokens == 16
+    pieces = list(client.completions.create(model="tiny", prompt="ab", max_tokens=4, logprobs=1, stream=True, seed=1))
+    shown = [piece.choices[0].logprobs for piece in pieces if piece.choices[0].logprobs.tokens]
+    lengths = [len(piece.tokens[0]) for piece in shown]
+    assert [piece.text_offset[0] for piece in shown] == [sum(lengths[:index]) for index in range(4)]
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
     chat = client.chat.completions.create(
         model="tiny", messages=messages, max_completion_tokens=5, temperature=0, logprobs=True, top_logprobs=3

@@ -153,8 +153,8 @@ def kept_and_communication(recompute: bool) -> tuple[int, list[str]]:
         own = context.own_positions(LENGTH)
         inputs = tuple(x[own].requires_grad_() for x in tensors(HEADS)[:3])
 
-        def attend(*tensors: Tensor) -> Tensor:
-            return context_attention(*tensors, part, context.groups.cp)
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return context_attention(query, key, value, part, context.groups.cp)
 
         with Communication() as communication:
             with Storages() as storages:

@@ -19,6 +19,8 @@ from ouro_megatron.training.engine import Engine, Microbatch
 from tests.distributed.ranks import run_ranks
 
 LENGTHS = [(5, 1, 10), (16,), (1, 1, 14)]
+ALIKE: list[tuple[int, ...]] = [(3, 5, 3, 5), (5, 3, 5, 3), (3, 3, 5, 5), (5, 5, 3, 3)]
+"""Few lengths, not in order: attention takes all documents of one length together."""
 CPU = torch.device("cpu")
 
 
@@ -42,18 +44,18 @@ def states_and_gradients(
     return [state.detach() for state in states], gradients
 
 
-def difference_from_alone(kv_heads: int, recompute: str) -> tuple[float, float, float]:
+def difference_from_alone(rows: list[tuple[int, ...]], kv_heads: int, recompute: str) -> tuple[float, float, float]:
     """Largest differences, relative, of states and gradients in fp64; what other documents change in one's states."""
     context = create_context(ParallelSection())
     model = ModelSection(layers=2, hidden=32, heads=4, kv_heads=kv_heads, ffn=48, vocab=64, loops=3)
     lm = LoopLM(model, context, dtype=torch.float64, recompute=recompute)  # type: ignore[arg-type]
     initialise(lm, seed=1)
     lm.train()
-    tokens_bs = torch.randint(0, 64, (len(LENGTHS), 16), generator=torch.Generator().manual_seed(2))
-    bounds = DocumentBounds.of(positions(LENGTHS), CPU)
+    tokens_bs = torch.randint(0, 64, (len(rows), 16), generator=torch.Generator().manual_seed(2))
+    bounds = DocumentBounds.of(positions(rows), CPU)
     together, gradients = states_and_gradients(lm, tokens_bs, bounds)
     worst, summed = 0.0, {name: np.zeros_like(value) for name, value in gradients.items()}
-    for row, lengths in enumerate(LENGTHS):
+    for row, lengths in enumerate(rows):
         for begin, end in itertools.pairwise([0, *itertools.accumulate(lengths)]):
             alone, part = states_and_gradients(lm, tokens_bs[row : row + 1, begin:end], None)
             for whole, own in zip(together, alone, strict=True):
@@ -61,17 +63,20 @@ def difference_from_alone(kv_heads: int, recompute: str) -> tuple[float, float, 
             summed = {name: value + part[name] for name, value in summed.items()}
     gap = max(float(abs(gradients[name] - summed[name]).max() / abs(summed[name]).max()) for name in gradients)
     other = tokens_bs.clone()
-    other[0, :5] = (other[0, :5] + 1) % 64
+    first = rows[0][0]
+    other[0, :first] = (other[0, :first] + 1) % 64
     changed, _ = states_and_gradients(lm, other, bounds)
-    leak = max(float((a[0, 5:] - b[0, 5:]).abs().max()) for a, b in zip(together, changed, strict=True))
+    leak = max(float((a[0, first:] - b[0, first:]).abs().max()) for a, b in zip(together, changed, strict=True))
     context.close()
     return worst, gap, leak
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_packed_documents_are_as_alone_to_the_last_digits(kv_heads: int, recompute: str) -> None:
-    worst, gap, leak = run_ranks(difference_from_alone, 1, kv_heads, recompute)[0]
+@pytest.mark.parametrize(("rows", "kv_heads"), [(LENGTHS, 4), (ALIKE, 2), (LENGTHS, 2)])
+def test_packed_documents_are_as_alone_to_the_last_digits(
+    rows: list[tuple[int, ...]], kv_heads: int, recompute: str
+) -> None:
+    worst, gap, leak = run_ranks(difference_from_alone, 1, rows, kv_heads, recompute)[0]
     assert worst < 1e-12
     assert gap < 1e-12
     assert leak == 0.0
@@ -82,6 +87,11 @@ def test_bounds_come_from_positions() -> None:
     assert bounds.lengths == (5, 1, 10, 16, 1, 1, 14)
     assert bounds.cu_seqlens.tolist() == [0, 5, 6, 16, 32, 33, 34, 48]
     assert bounds.longest == 16
+    assert bounds.groups == [(length, 1) for length in bounds.lengths] and bounds.order is None
+    alike = DocumentBounds.of(positions(ALIKE[:2]), CPU)
+    assert alike.groups == [(3, 4), (5, 4)] and alike.order is not None
+    assert alike.order.tolist()[:6] == [0, 1, 2, 8, 9, 10]
+    assert alike.order[alike.back].tolist() == list(range(32))
     with pytest.raises(ValueError, match="begins with a document"):
         DocumentBounds.of(torch.arange(1, 9)[None], CPU)
 

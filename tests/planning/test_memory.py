@@ -12,12 +12,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ouro_megatron.model.context_attention import ContextPart
 from ouro_megatron.model.looplm import LoopLM, initialise
 from ouro_megatron.parallel.context import ParallelContext, create_context
 from ouro_megatron.planning.layout import Layout
 from ouro_megatron.planning.memory import gather_buffer, layer_bytes
 from ouro_megatron.recipe.schema import ModelSection, ParallelSection, Recompute
+from ouro_megatron.training.microbatch import context_part
 from tests.distributed.ranks import run_ranks
 
 MODEL = ModelSection(layers=1, hidden=64, heads=4, kv_heads=2, ffn=176, vocab=128, loops=2)
@@ -85,8 +85,8 @@ def _kept(wanted: Layout, context: ParallelContext) -> int:
     h_sbh = torch.randn(rows, wanted.microbatch, wanted.model.hidden).to(dtype).requires_grad_()
     rotary, part = lm.rotary(context.own_positions(wanted.sequence)), None
     if wanted.context > 1:
-        place = (context.context_rank, context.context_size, context.device)
-        part = ContextPart.of([wanted.sequence] * wanted.microbatch, wanted.microbatch, wanted.sequence, *place)
+        rows_of = [wanted.sequence] * wanted.microbatch
+        part = context_part(rows_of, wanted.microbatch, wanted.sequence, context)
     lm.decoder.post_layer_norm, lm.decoder.final_layernorm = False, None
     with Storages() as storages:
         result = lm.run_layers(h_sbh, rotary, documents=part)

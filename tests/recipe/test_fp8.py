@@ -68,6 +68,10 @@ def test_good(tmp_path: Path, recipe: str) -> None:
             [*EMULATED, "precision.fp8.recipe=blockwise", "data.sequence_length=64"],
             ["data.sequence_length=64 x batch.microbatch=1 is 64"],
         ),
+        (
+            [*EMULATED, "precision.fp8.recipe=blockwise", "parallel.context=2"],
+            ["data.sequence_length=128 x batch.microbatch=1 / parallel.context=2 is 64"],
+        ),
         ([*EMULATED, "model.hidden=264", "model.head_dim=32"], ["model.hidden=264"]),
         ([*EMULATED, "model.kv_heads=1", "model.head_dim=10"], ["queries, keys and values"]),
         (["precision.fp8.recipe=tensorwise"], ["tensorwise"]),

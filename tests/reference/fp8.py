@@ -86,6 +86,8 @@ class Fp8Reference:
     recipe: str
     tensor: int = 1
     data: int = 1
+    context: int = 1
+    """Ranks that hold two slices of each sequence: the r-th from its beginning and from its end."""
     visits: int = 16
     histories: dict[tuple[int, str], History] = field(default_factory=dict)
     weights: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -170,11 +172,14 @@ class _Linears(nn.Module):
         self.fp8 = fp8
 
     def product(self, x_bsk: Tensor, weight_nk: Tensor, split: int, key: int) -> Tensor:
-        b, s, k = x_bsk.shape
-        rows = b // self.fp8.data
-        x_dmk = x_bsk.view(self.fp8.data, rows, s, k).transpose(1, 2).reshape(self.fp8.data, s * rows, k)
-        y_dmn = _Product.apply(x_dmk, weight_nk, self.fp8, key, split)
-        return y_dmn.view(self.fp8.data, s, rows, -1).transpose(1, 2).reshape(b, s, -1)
+        (b, s, k), data, context = x_bsk.shape, self.fp8.data, self.fp8.context
+        rows, ranks = b // data, data * context
+        slices = torch.arange(s).chunk(2 * context)
+        order = torch.cat([torch.cat((slices[rank], slices[-1 - rank])) for rank in range(context)])
+        x = x_bsk[:, order].view(data, rows, context, s // context, k).permute(0, 2, 3, 1, 4)
+        y_dmn = _Product.apply(x.reshape(ranks, -1, k), weight_nk, self.fp8, key, split)
+        y = y_dmn.view(data, context, s // context, rows, -1).permute(0, 3, 1, 2, 4).reshape(b, s, -1)
+        return y[:, order.argsort()]
 
 
 class Fp8Attention(_Linears):

@@ -27,7 +27,7 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class ReferenceObjective:
-    kind: Literal["expected_loss", "gate"] = "expected_loss"
+    kind: Literal["expected_loss", "last_loop", "gate"] = "expected_loss"
     prior: Literal["uniform", "geometric"] = "uniform"
     beta: float = 0.1
     eta: float = 0.5
@@ -161,6 +161,8 @@ def token_loss(outputs: list[LoopOutput], labels_bs: Tensor, objective: Referenc
     """The objective of every token, [b, s]."""
     ces = [token_ce(output.logits_bsv, labels_bs) for output in outputs]
     loops = len(outputs)
+    if objective.kind == "last_loop":
+        return ces[-1]
     if objective.kind == "gate":
         total = torch.zeros_like(ces[0])
         for t in range(1, loops):

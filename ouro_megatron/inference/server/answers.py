@@ -19,6 +19,8 @@ class Choice:
     request: Request
     tokens: list[GeneratedToken] = field(default_factory=list)
     finished: Finished | None = None
+    told: int = 0
+    """Characters of the tokens that were streamed with their log probabilities."""
 
     def add(self, event: Event) -> None:
         if event.token is not None:
@@ -75,7 +77,9 @@ class Answer:
         if self._kind == "chat":
             said = {"delta": {"content": text} if text or token else {}}
         tokens = [token] if token else []
-        chunk = self._chunk(index, said, self._logprobs(tokens, self.choices[index].request.logprobs), finished)
+        choice = self.choices[index]
+        chunk = self._chunk(index, said, self._logprobs(tokens, choice.request.logprobs, choice.told), finished)
+        choice.told += sum(len(self._tokenizer.decode([each.token])) for each in tokens)
         if token is not None:
             chunk["choices"][0]["ouro"] = {"depth": token.depth, "exit_probability": list(token.exit_probability)}
         return chunk
@@ -117,7 +121,8 @@ class Answer:
         choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
         return {**self._frame(chunk=True), "choices": [choice]}
 
-    def _logprobs(self, tokens: list[GeneratedToken], top: int | None) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: list[GeneratedToken], top: int | None, start: int = 0) -> dict[str, Any] | None:
+        """`start`: characters of the tokens before these."""
         if top is None:
             return None
         spelled = [self._tokenizer.decode([token.token]) for token in tokens]
@@ -128,7 +133,7 @@ class Answer:
                 "top_logprobs": [
                     {self._tokenizer.decode([other]): value for other, value in token.top_logprobs} for token in tokens
                 ],
-                "text_offset": [sum(map(len, spelled[:index])) for index in range(len(spelled))],
+                "text_offset": [start + sum(map(len, spelled[:index])) for index in range(len(spelled))],
             }
         return {
             "content": [

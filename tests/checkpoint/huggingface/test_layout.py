@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from ouro_megatron.checkpoint.huggingface.config import published_config
 from ouro_megatron.checkpoint.huggingface.layout import published_shapes, tensor_groups
 from ouro_megatron.recipe.schema import ModelSection
 from tests.checkpoint.huggingface.published import reference
@@ -85,6 +86,34 @@ def test_vllm_finds_a_parameter_for_every_tensor() -> None:
         loaded.add(name)
     wanted = set(OUTSIDE) | {f"model.layers.{layer}.{name}" for layer in range(2) for name in VLLM_LAYER}
     assert loaded == wanted
+
+
+def test_config_has_what_vllm_reads() -> None:
+    """Fields that its Ouro model takes from config.json, by the values of the published 1.4B model."""
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    section = ouro(24).model_copy(update={"rope_base": 1_000_000.0})
+    config = published_config(section, dtype="bfloat16", max_positions=65_536, exit_threshold=1.0, special=special)
+    read = {
+        "architectures": ["OuroForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "max_position_embeddings": 65_536,
+        "max_window_layers": 24,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 16,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "rope_theta": 1_000_000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "total_ut_steps": 4,
+        "vocab_size": 49_152,
+    }
+    assert {name: config[name] for name in read} == read
+    # It takes no head dimension of its own.
+    assert config["head_dim"] == config["hidden_size"] // config["num_attention_heads"]
 
 
 def test_groups_take_apart_and_put_together() -> None:

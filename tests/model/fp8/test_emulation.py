@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ouro_megatron.model.fp8.emulation import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
+from ouro_megatron.model.fp8.emulation import AmaxHistory, EmulatedColumnParallelLinear, EmulatedRowParallelLinear
 from ouro_megatron.model.fp8.scaling import Recipe
 from ouro_megatron.model.looplm import LoopLM, initialise
 from ouro_megatron.parallel.context import ParallelContext, create_context
@@ -26,7 +26,7 @@ def context() -> Iterator[ParallelContext]:
 
 
 def build(context: ParallelContext, recipe: str | None = "current", **settings: Any) -> LoopLM:
-    fp8 = None if recipe is None else Fp8Section(recipe=recipe, emulate=True, **settings)  # type: ignore[arg-type]
+    fp8 = None if recipe is None else Fp8Section(recipe=recipe, emulate=True, **settings)
     lm = LoopLM(MODEL, context, fp8=fp8)
     initialise(lm, 1)
     return lm
@@ -151,6 +151,7 @@ def test_delayed_scaling_takes_earlier_visits_maxima(context: ParallelContext) -
     """An activation that doubles saturates on the first visit, and fits on the next."""
     linear = linears(build(context, "delayed", amax_history=2))[0]
     history = linear.histories["input"]
+    assert isinstance(history, AmaxHistory)
     x = torch.ones(16, 1, 128)
     for factor, remembered in ((1.0, [1.0, 0.0]), (2.0, [2.0, 1.0]), (2.0, [2.0, 2.0]), (1.0, [1.0, 2.0])):
         linear(factor * x)
