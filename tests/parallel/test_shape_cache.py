@@ -84,7 +84,7 @@ def test_gradients_flow() -> None:
 
 
 def rehearse_without_memory(recipe_text: str) -> Rehearsal:
-    collective_log.ShapeCache = lambda: lambda func, args, kwargs: func(*args, **kwargs)  # type: ignore[misc, assignment]
+    collective_log.ShapeCache = lambda: lambda func, args, kwargs: func(*args, **kwargs)  # type: ignore[misc, assignment, return-value]
     return rehearse_rank(recipe_text, 8, 4, "pipeline 1")
 
 
