@@ -70,7 +70,7 @@ def steps(loops: int, microbatches: int, work: float, repeats: int) -> list[list
         return h_sbh, None
 
     try:
-        recorded = []
+        recorded: list[list[tuple[str, float, float]]] = []
         for _ in range(1 + repeats):
             context.barrier()
             clock = ScheduleClock(context.device)

@@ -57,6 +57,8 @@ class ByteLevelEncoder:
             raise MisfitError(
                 f"its C extension was not built ({error}); `pip install` the project again where there is a C compiler"
             ) from error
+        if not hasattr(Encoder, "encode_long"):
+            raise MisfitError("its C extension was built from older source; `pip install` the project again")
         if sys.byteorder != "little":
             raise MisfitError("this machine is big-endian")
         content = json.loads(tokenizer.to_json())

@@ -11,6 +11,8 @@ process that froze, talking never returns, and the first thread ends this rank.
 
 import os
 import resource
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -109,7 +111,7 @@ class Watchdog:
 
     def _explain(self, error: Exception) -> Exception:
         """RankGone, which names who is gone, on one rank and AnotherRankFailed on the others; `error` if nobody is."""
-        if not self._threads or error is self._explained or not is_consequence(str(error)):
+        if not self._threads or self._stopped.is_set() or error is self._explained or not is_consequence(str(error)):
             return error
         self._question = threading.Event()
         self._woken.set()
@@ -153,21 +155,43 @@ class Watchdog:
     # The thread that talks
 
     def _talk(self) -> None:
+        connected = False
         try:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            patience = timedelta(seconds=max(5.0, self.pace.timeout))
-            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
-            while not self._ended:
-                self._exchange(store)
-                self._woken.wait(self._wait_seconds())
-                self._woken.clear()
-            self._say_goodbye(store)
-        except RuntimeError:  # the store is gone, and with it its host
-            self._lost = True
+            while not self._ended and (not connected or self._host_listens()):
+                try:
+                    store = self._connect()
+                    connected = True
+                    self._converse(store)
+                except RuntimeError:  # the connection broke, or there never was one
+                    if not connected:
+                        self._stopped.set()
+                        print(f"{self._who}: no watchdog, the store cannot be reached", file=sys.stderr, flush=True)
+                        return
+            self._lost = not self._ended
+        finally:
             if self._question is not None:
                 self._question.set()
-        finally:
             self._told.set()
+
+    def _connect(self) -> dist.TCPStore:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        patience = timedelta(seconds=max(5.0, self.pace.timeout))
+        return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
+
+    def _host_listens(self) -> bool:
+        """Whether a broken connection is worth a new one: a process that is gone no longer listens."""
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=3.0).close()
+        except OSError:
+            return False
+        return True
+
+    def _converse(self, store: dist.TCPStore) -> None:
+        while not self._ended:
+            self._exchange(store)
+            self._woken.wait(self._wait_seconds())
+            self._woken.clear()
+        self._say_goodbye(store)
 
     def _exchange(self, store: dist.TCPStore) -> None:
         self._publish(store)

@@ -6,6 +6,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -263,6 +264,12 @@ def test_without_the_extension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "data_prep._byte_level", None)
     encoder, why = choose_encoder(load_tokenizer(random_bpe(tmp_path, 0)))
     assert isinstance(encoder, PlainEncoder) and why is not None and "C compiler" in why
+
+
+def test_an_extension_of_older_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "data_prep._byte_level", SimpleNamespace(Encoder=object))
+    _, why = choose_encoder(load_tokenizer(random_bpe(tmp_path, 0)))
+    assert why is not None and "older source" in why
 
 
 @pytest.mark.parametrize("letter", ["a", "中", "\U00016ff4", "\x85"])

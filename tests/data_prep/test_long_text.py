@@ -284,7 +284,11 @@ def test_a_document_that_an_index_cannot_hold(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("data_prep.writer.MAX_LENGTH", 5)
 
     def write(*pieces: list[int]) -> Callable[[Callable[[np.ndarray], None]], None]:
-        return lambda put: [put(np.array(piece)) for piece in pieces] and None
+        def put_all(put: Callable[[np.ndarray], None]) -> None:
+            for piece in pieces:
+                put(np.array(piece))
+
+        return put_all
 
     with PairWriter(tmp_path / "pair", np.dtype("<u2")) as pair:
         pair.add_many(np.array([1, 2]), np.array([2]), np.array([True, False]))

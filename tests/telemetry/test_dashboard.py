@@ -73,7 +73,7 @@ def test_a_pipeline_shows_the_groups_of_its_stages(tmp_path: Path) -> None:
 def test_the_shipped_pipeline_before_it_has_run(tmp_path: Path) -> None:
     stages = Path(__file__).resolve().parents[2] / "stages"
     out = tmp_path / "dashboard.json"
-    words = [OURO, "dashboard", stages / "ouro-2.6b", "--out", out]
+    words = [str(OURO), "dashboard", str(stages / "ouro-2.6b"), "--out", str(out)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, str(out)), done.stderr
     definition = json.loads(out.read_text())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -44,9 +45,11 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def run(folder: Path, records: list[Record] | None = None) -> Path:
+def run(folder: Path, records: Sequence[Record] | None = None) -> Path:
     write(
-        folder, records or [*(step(n) for n in range(1, 30)), evaluation(29), EventRecord(29, "checkpoint", "<saved>")]
+        folder,
+        list(records or ())
+        or [*(step(n) for n in range(1, 30)), evaluation(29), EventRecord(29, "checkpoint", "<saved>")],
     )
     return folder
 
@@ -145,8 +148,8 @@ def test_names_of_branches_in_short() -> None:
 def test_the_data_of_a_stage_is_drawn_over_that_stage_alone(tmp_path: Path) -> None:
     first = [step(n, source_share={"web-00000-of-00002": 0.25, "web-00001-of-00002": 0.75}) for n in (1, 2)]
     second = [step(1, source_share={"chat": 0.5, "replay/web": 0.5})]
-    for name, records in (("first", first), ("second", second)):
-        run(tmp_path / name, records)
+    for name, steps in (("first", first), ("second", second)):
+        run(tmp_path / name, [*steps])
     figure, axes = plt.subplots()
     draw_sources(axes, Timeline.of(read_stages(tmp_path)))
     spans = [(area.get_paths()[0].get_extents().x0, area.get_paths()[0].get_extents().x1) for area in axes.collections]

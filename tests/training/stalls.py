@@ -83,7 +83,7 @@ def _install(what: str, fired: Path) -> None:
             super().__init__(*args, **kwargs)
             engines.append(self)
 
-    stage_module.Position = Seen  # type: ignore[misc]
+    stage_module.Position = Seen  # type: ignore[misc, assignment]
     stage_module.Engine = Built  # type: ignore[misc]
 
     def freeze() -> None:
