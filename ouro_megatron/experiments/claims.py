@@ -29,7 +29,7 @@ class Judged:
 
 def judge(claim: Claim, settings: ExperimentFile, results: Results) -> Judged:
     """Compares the means over seeds. The difference must pass the margin; one that does by less than two standard
-    errors of the difference is `not clear`, and so is one that misses it by less."""
+    errors of the difference is `not clear`, and so are one that misses it by less and one of a single seed."""
     first, second = (_values(results.get(group, ()), claim.metric) for group in (claim.first, claim.second))
     names = [_label(group, settings) for group in (claim.first, claim.second)]
     words = {
@@ -52,9 +52,10 @@ def judge(claim: Claim, settings: ExperimentFile, results: Results) -> Judged:
     }[claim.kind]
     error = standard_error(first, second)
     verdict: Verdict = "holds" if surplus > 0 else "does not hold"
-    if abs(surplus) < 2 * error:
+    alone = min(len(first), len(second)) < 2
+    if alone or abs(surplus) < 2 * error:
         verdict = "not clear"
-    by = f"by {_number(difference)} ± {_number(2 * error)}" if error else f"by {_number(difference)}"
+    by = f"by {_number(difference)} " + ("(one seed)" if alone else f"± {_number(2 * error)}")
     limit = f" (margin {_number(margin)})" if margin else ""
     values = f"{_number(statistics.fmean(first))} against {_number(statistics.fmean(second))}, differs {by}{limit}"
     return Judged(verdict, f"{claimed}: {verdict}; {values}", first, second)
