@@ -1,10 +1,16 @@
 """Fixtures that tests in several folders share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.slurm.cluster import SlurmCluster, missing_programs
+
+if not torch.cuda.is_available():
+    # Triton's own functions are made when it is imported, for the interpreter or for a GPU, whoever imports it first.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

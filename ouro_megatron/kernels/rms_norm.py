@@ -34,9 +34,9 @@ def _backward(d_y, x, weight, scale, d_x, d_weight, rows, width, STEPS: tl.const
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for step in range(STEPS):
         row = (program + step * tl.num_programs(0)).to(tl.int64)
-        here = inside & (row < rows)
         at = row * width + columns
-        inverse = tl.load(scale + row, mask=row < rows, other=0.0)
+        here = inside & (at < tl.cast(rows, tl.int64) * width)
+        inverse = tl.load(scale + tl.minimum(row, rows - 1))
         normed = tl.load(x + at, mask=here, other=0.0).to(tl.float32) * inverse
         incoming = tl.load(d_y + at, mask=here, other=0.0).to(tl.float32)
         total += incoming * normed

@@ -1,15 +1,10 @@
-"""The Triton kernels against plain torch: on a GPU where there is one, else in Triton's interpreter."""
-
-import os
+"""The Triton kernels against plain torch: on a GPU where there is one, else in Triton's interpreter (conftest.py)."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed (it comes with the dev extra on Linux)")
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from ouro_megatron.kernels import cross_entropy, rms_norm, rotary, swiglu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
