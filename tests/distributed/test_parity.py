@@ -23,6 +23,8 @@ def check(layout: Layout, results: list[Differences]) -> None:
     """`results` by rank."""
     assert sum(result.gradients_compared for result in results) > 0
     gradient = 2.5e-5 if layout.packed and layout.loops > 2 else 1e-5
+    if layout.packed and layout.kind == "last_loop":
+        gradient = 1e-4  # one loop's loss alone: the reference in fp32 is already 1.7e-5 off its own in fp64
     for rank, result in enumerate(results):
         where = (str(layout), rank, result)
         assert result.loss < 1e-5, where

@@ -15,6 +15,7 @@ from ouro_megatron.errors import DashboardError, MetricsError
 from ouro_megatron.recipe.load import dump_recipe
 from ouro_megatron.telemetry.dashboard import facts_of, write_dashboard
 from ouro_megatron.telemetry.metric_names import metrics_of
+from ouro_megatron.telemetry.records import RankSpread
 from tests.telemetry.test_metrics_file import evaluation, step, write
 from tests.tiny import tiny_recipe
 
@@ -40,7 +41,7 @@ def test_panels_ask_for_metrics_that_runs_log(tmp_path: Path) -> None:
     definition = json.loads(Path(said).read_text())
     assert (definition["entity"], definition["project"]) == ("team", "ouro-megatron")
     logged = {
-        *metrics_of(step(1, mfu=0.5, source_share={"train": 1.0}, system=_system())),
+        *metrics_of(step(1, mfu=0.5, source_share={"train": 1.0}, ranks=_spread(), system=_system())),
         *metrics_of(evaluation(1)),
     }
     wanted = {metric for panel in panels_of(definition) for metric in panel.get("metrics", [])}
@@ -50,6 +51,10 @@ def test_panels_ask_for_metrics_that_runs_log(tmp_path: Path) -> None:
     assert all(panel["xAxis"] == "progress/tokens" for panel in panels_of(definition))
     gains = [expression for panel in panels_of(definition) for expression in panel.get("expressions", [])]
     assert gains == ["${held_out/loop_1} - ${held_out/loop_2}", "${held_out/loop_2} - ${held_out/loop_3}"]
+
+
+def _spread() -> RankSpread:
+    return RankSpread(1.0, 1.5, slowest_rank=1, straggler_rank=1, straggler_ratio=1.5, straggler_excess=0.5)
 
 
 def _system() -> dict[str, float]:

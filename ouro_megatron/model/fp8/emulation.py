@@ -77,7 +77,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_mk: Tensor, weight_nk: Tensor, linear: "_Emulated", training: bool) -> Tensor:
         quantiser = linear.emulation.quantiser
-        forward_nk, backward_nk = linear.weight_copies(weight_nk)
+        forward_nk, backward_nk = linear.weight_copies(weight_nk, training)
         scale = linear.visit("input", x_mk, E4M3, record=training)
         ctx.save_for_backward(x_mk, backward_nk)
         ctx.linear, ctx.input_scale, ctx.weight_dtype = linear, scale, weight_nk.dtype
@@ -108,6 +108,7 @@ class _Emulated(nn.Module):
         self.emulation = emulation
         self._copies: tuple[Tensor, Tensor] | None = None
         self._copies_of: tuple[int, int, int] | None = None
+        self._weight_recorded = False
         self.histories = nn.ModuleDict()
         if emulation.quantiser.recipe == "delayed":
             for tensor in ("input", "weight", "gradient"):
@@ -124,15 +125,22 @@ class _Emulated(nn.Module):
             history.record(x)
         return scale
 
-    def weight_copies(self, weight_nk: Tensor) -> tuple[Tensor, Tensor]:
-        """The rounded weight for both of its products: made once an optimizer step, for all loops and microbatches."""
+    def weight_copies(self, weight_nk: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+        """The rounded weight for both of its products: made once an optimizer step, for all loops and microbatches.
+
+        Its maximum enters the history with its first visit in training: an evaluation, after which a run may end and go
+        on, leaves no trace.
+        """
         now = (self.emulation.weights_version, weight_nk._version, weight_nk.data_ptr())
-        if self._copies is None or self._copies_of != now:
-            with torch.no_grad():
-                scale = self.visit("weight", weight_nk, E4M3, record=True)
+        with torch.no_grad():
+            if self._copies is None or self._copies_of != now:
+                scale = self.visit("weight", weight_nk, E4M3, record=False)
                 self._copies = self.emulation.quantiser.rounded_weight(weight_nk, scale)
-            self._copies_of = now
-            self.emulation.weights_quantised += 1
+                self._copies_of, self._weight_recorded = now, False
+                self.emulation.weights_quantised += 1
+            if training and not self._weight_recorded:
+                self.visit("weight", weight_nk, E4M3, record=True)
+                self._weight_recorded = True
         return self._copies
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **how: Any) -> Tensor:

@@ -70,7 +70,7 @@ def test_logits_and_exits_of_every_loop(model: Any, oracle: ReferenceLoopLM) -> 
             assert (model(tokens, exit_at_step=loop).logits - output.logits_bsv).abs().max() < 2e-5
         wanted_p = torch.stack(exit_probabilities(outputs), dim=-1)
         found = model(tokens, exit_threshold=0.6, output_hidden_states=True)
-        assert (found.exit_probabilities - wanted_p).abs().max() < 1e-6
+        assert (found.exit_probabilities - wanted_p).abs().max() < 3e-6
         depth = (wanted_p.cumsum(-1) >= 0.6).int().argmax(-1)
         assert len(depth.unique()) > 1, "the test's gate lets all tokens leave at one loop"
         assert torch.equal(found.exit_loops, depth)
