@@ -120,7 +120,7 @@ def test_a_slow_rank_shows_in_the_metrics_and_in_a_warning(tmp_path: Path) -> No
         assert step.ranks is not None
         assert step.ranks.slowest_rank == step.ranks.straggler_rank == 1
         assert step.ranks.slowest_seconds > 2 * SLOW_SECONDS > step.ranks.straggler_excess / 10
-        assert step.seconds >= step.ranks.slowest_seconds >= step.ranks.fastest_seconds > 0
+        assert step.ranks.slowest_seconds >= step.ranks.fastest_seconds > 0
     assert metrics_of(steps[-1])["perf/slowest_rank"] == 1
     assert metrics_of(steps[-1])["perf/rank_seconds_max"] == steps[-1].ranks.slowest_seconds  # type: ignore[union-attr]
     warnings = [r.message for r in records if isinstance(r, EventRecord) and r.name == "warning"]
