@@ -204,7 +204,11 @@ def runnable(arguments: argparse.Namespace) -> list[str]:
 def _child(system: str) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.loss_head", *sys.argv[1:], "--child", system]
     root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     if run.returncode:
         sys.exit(f"{system} failed:\n{run.stderr}")

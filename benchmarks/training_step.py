@@ -91,7 +91,10 @@ def _resident() -> float:
 
 def _child(system: str, vocab: int, steps: int) -> dict[str, float]:
     command = [sys.executable, "-W", "ignore", __file__, "--child", system, str(vocab), str(steps)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{Path(__file__).resolve().parents[1]}:{os.environ.get('PYTHONPATH', '')}",
+    }
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     return json.loads(output.splitlines()[-1])
 

@@ -29,6 +29,7 @@ from ouro_megatron.model.config import head_dim, transformer_config
 from ouro_megatron.model.context_attention import ContextPart
 from ouro_megatron.model.documents import DocumentBounds
 from ouro_megatron.model.fp8.emulation import AmaxHistory, Fp8Emulation, amax_histories
+from ouro_megatron.model.graphs import GraphedVisits
 from ouro_megatron.model.layer import FUSED_NORMS, block_spec
 from ouro_megatron.model.layout import Split, split_of, take_shard, whole_shape
 from ouro_megatron.parallel.context import ParallelContext
@@ -129,6 +130,8 @@ class LoopLM(MegatronModule):
                 bias=False,
                 tp_group=groups.tp,
             )
+        self.graphs: GraphedVisits | None = None
+        """Recorded visits that training uses in place of the layers' own code; see `record_graphs`."""
         self._mark_tensor_parallel()
         self.weights_changed()
 
@@ -166,22 +169,43 @@ class LoopLM(MegatronModule):
         each attends to itself only; `rotary` must be of their positions. Under context parallelism s counts this rank's
         tokens, and the local attention core needs their ContextPart.
         """
+        if self.graphs is not None and self.training and torch.is_grad_enabled():
+            return self.graphs(h_sbh, loop)
         self._choose_recomputation(loop)
         return self.decoder(
             hidden_states=h_sbh, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=documents
         )
 
+    def record_graphs(self, rows: int, length: int, loops: int) -> None:
+        """Training visits of plain rows [rows, length] replay CUDA graphs from here on; anew after other ones.
+
+        On CUDA, where this rank has all layers and whole sequences, after one step without graphs, which has made every
+        kernel. Gradient buffers (`main_grad`) hold rubbish afterwards.
+        """
+        self.graphs = None
+        rotary = self.rotary_of(length, None)
+        example_sbh = torch.zeros(length, rows, self.model.hidden, dtype=self.dtype, device=self.context.device)
+        self.graphs = GraphedVisits(
+            lambda h_sbh, loop: self.run_layers(h_sbh, rotary, loop), self.decoder, example_sbh, loops
+        )
+
+    @torch.no_grad()
     def weights_changed(self) -> None:
         """To be called after each update and each load: copies of weights in another format are made anew."""
         if self.fp8_emulation is not None:
             self.fp8_emulation.weights_changed()
         for module in self.modules():
-            if hasattr(module, "is_first_microbatch"):
-                # One of Transformer Engine's linears. Without a copy it makes one in its next visit and keeps it for
-                # all that follow. Its own word for that, a first microbatch, would also make that visit's gradient
-                # replace what other loops have added to the buffer by then.
-                module.is_first_microbatch = False
+            if not hasattr(module, "is_first_microbatch"):
+                continue
+            # One of Transformer Engine's linears. Without a copy it makes one in its next visit and keeps it for all
+            # that follow. Its own word for that, a first microbatch, would also make that visit's gradient replace what
+            # other loops have added to the buffer by then.
+            module.is_first_microbatch = False
+            if self.graphs is None:
                 module._fp8_workspaces.clear()
+            for copied in module._fp8_workspaces.values():
+                # Graphs read it where it is.
+                copied.quantize_(module.weight)
 
     def _choose_recomputation(self, loop: int) -> None:
         mode = self._recompute

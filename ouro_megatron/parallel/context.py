@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from ouro_megatron.errors import RecipeError
 from ouro_megatron.parallel.platform import Platform, choose_platform, make_deterministic
 from ouro_megatron.parallel.sequence_slices import own_positions, own_tokens
 from ouro_megatron.recipe.schema import ParallelSection, Recipe
@@ -165,7 +166,14 @@ def create_context(parallel: ParallelSection, device: str = "auto", seed: int = 
 
 
 def context_for(recipe: Recipe) -> ParallelContext:
-    """`create_context` with the recipe's layout, device and seed; deterministic when the recipe asks for it."""
+    """`create_context` with the recipe's layout, device and seed; deterministic when the recipe asks for it.
+
+    Raises RecipeError on every rank when the recipe needs CUDA and there is none.
+    """
+    if recipe.training.cuda_graphs and not torch.cuda.is_available():
+        raise RecipeError(
+            "training.cuda_graphs=true needs CUDA, and torch sees no GPU on this machine; set it to false"
+        )
     if recipe.training.deterministic:
         make_deterministic()
     return create_context(recipe.parallel, recipe.training.device, recipe.training.seed)

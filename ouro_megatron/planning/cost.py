@@ -105,6 +105,7 @@ class Costs:
             "passes over memory": moved / (self.gpu.memory_bandwidth * self.efficiency.memory),
         }
         host = self.efficiency.host_layer_seconds * (1 + layout.fp8_share * (self.efficiency.host_fp8 - 1))
+        host *= not layout.cuda_graphs
         return parts | {"the host": max(0.0, host - sum(parts.values()))}
 
     @cached_property

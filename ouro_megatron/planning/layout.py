@@ -36,6 +36,8 @@ class Layout:
     """Whether the kernels for CUDA run; they keep less for backward than plain torch on a CPU."""
     fp8_share: float = 0.0
     """Of the layers, those whose matrix products run in FP8."""
+    cuda_graphs: bool = False
+    """Whether recorded visits of the layers are replayed, with nothing for the host to do."""
     trains_model: bool = True
     """False in the gate stage, whose model runs without a graph."""
 
@@ -104,6 +106,7 @@ def layout_of(recipe: Recipe, world: int) -> Layout:
         chunk_tokens=recipe.objective.chunk_tokens,
         on_gpu=training.device != "cpu",
         fp8_share=_fp8_share(recipe),
+        cuda_graphs=training.cuda_graphs and recipe.objective.kind != "gate",
         trains_model=recipe.objective.kind != "gate",
     )
 

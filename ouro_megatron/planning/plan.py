@@ -160,7 +160,7 @@ class Plan:
 _ADVICE = {
     "attention": "the price of data.sequence_length; no layout changes it",
     "passes over memory": "they grow with hidden and feed-forward width as matrix products do with their square",
-    "the host": "larger pieces of work: batch.microbatch, or a smaller parallel.tensor",
+    "the host": "training.cuda_graphs, or larger pieces of work: batch.microbatch, a smaller parallel.tensor",
     "recomputation": "training.recompute=selective, or training.recompute_loops, as far as memory allows",
     "loss heads": "a smaller share of layers on the last rank (parallel.layers) or fewer pipeline ranks evens it out",
     "tensor-parallel exchange": "a smaller parallel.tensor, larger batch.microbatch, or parallel.sequence=true",

@@ -206,6 +206,9 @@ class TrainingSection(Section):
     """Recompute in loops 1 to this one only; in all loops when absent."""
     deterministic: bool = False
     """The same numbers in every run on the same layout: slower kernels on a GPU where need be. A CPU always is."""
+    cuda_graphs: bool = False
+    """Give the GPU each loop's pass over the layers in one call (CUDA graphs): where Python holds it up, with little
+    work a visit. For data-parallel ranks alone and rows without document masks. The gate stage ignores it."""
     check_every: Span | None = Span(steps=100)
     """How often copies of weights are compared between ranks; null: never."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from ouro_megatron.errors import RecipeError
+from ouro_megatron.recipe.cuda_graphs import check_cuda_graphs
 from ouro_megatron.recipe.fp8 import check_fp8
 from ouro_megatron.recipe.layers import balanced_layers
 from ouro_megatron.recipe.schedule import BatchPlan
@@ -19,7 +20,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     problems = [*_model(recipe.model), *_layout(recipe, world_size), *_sequence(recipe), *_packing(recipe)]
     problems += _context(recipe)
     problems += _objective(recipe)
-    problems += check_fp8(recipe)
+    problems += [*check_fp8(recipe), *check_cuda_graphs(recipe)]
     problems += _health(recipe)
     batch_problems = list(_batch(recipe, world_size))
     problems += [*batch_problems, *_data(recipe)]

@@ -55,9 +55,14 @@ class Engine:
         loops: int,
         position: Position | None = None,
         overlap: bool = False,
+        cuda_graphs: bool = False,
         bucket_parameters: int | None = None,
     ) -> None:
-        """`optimizer` None leaves the engine without one: it can make gradients, not apply them (a dry run)."""
+        """`optimizer` None leaves the engine without one: it can make gradients, not apply them (a dry run).
+
+        `cuda_graphs`: training steps from the second on replay recorded visits of the layers; what that asks for is
+        checked with the recipe (`recipe/validate.py`).
+        """
         self.lm = lm
         self.context = context
         self.objective = objective
@@ -87,6 +92,9 @@ class Engine:
                 pg_collection=context.groups,
             )
             self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm) if optimizer else None
+        # The gate stage runs the layers without gradients, which graphs are not for.
+        self.cuda_graphs = cuda_graphs and objective.kind != "gate"
+        self._kernels_are_made = False
         self.pipeline = self._new_pipeline(loops)
         self._clock = ScheduleClock(context.device)
 
@@ -120,6 +128,7 @@ class Engine:
         if loops == self.loops:
             return
         self.loops = loops
+        self.lm.graphs = None
         self.pipeline = self._new_pipeline(loops)
         for group in [*self.ddp.bucket_groups, *self.ddp.expert_parallel_bucket_groups]:
             group.is_first_batch = True
@@ -153,8 +162,9 @@ class Engine:
         """
         self.position.enter("forward and backward")
         self.ddp.train()
-        self.ddp.zero_grad_buffer()
-        self._spare_placeholders()
+        self._clear_gradients()
+        if self.cuda_graphs:
+            self._record_graphs(batches[0])
         if self.optimizer is not None:
             self.optimizer.zero_grad()
         self._clock = ScheduleClock(self.context.device, self.position)
@@ -238,6 +248,22 @@ class Engine:
             rows, length = batches[0].tokens_bs.shape
             rows_part = context_part([length] * rows, rows, length, context)
         return [batch.part(context, rows_part) for batch in batches]
+
+    def _record_graphs(self, batch: Microbatch) -> None:
+        """Before the first step of a shape or number of loops, but the run's very first, which makes the kernels."""
+        rows, length = batch.tokens_bs.shape
+        graphs, ready = self.lm.graphs, self._kernels_are_made
+        self._kernels_are_made = True
+        if not ready or (graphs is not None and graphs.shape[:2] == (length, rows) and graphs.loops == self.loops):
+            return
+        self.position.enter("recording CUDA graphs")
+        self.lm.record_graphs(rows, length, self.loops)
+        self._clear_gradients()
+        self.position.enter("forward and backward")
+
+    def _clear_gradients(self) -> None:
+        self.ddp.zero_grad_buffer()
+        self._spare_placeholders()
 
     def _spare_placeholders(self) -> None:
         """Linears that add to `main_grad` themselves hand autograd a placeholder of the weight's size for Megatron's

@@ -121,6 +121,7 @@ def _run(
         loops=loops,
         position=position,
         overlap=recipe.parallel.overlap,
+        cuda_graphs=recipe.training.cuda_graphs,
     )
     guard = SpikeGuard(recipe.health, context)
     progress, history = Progress(), list[StageRecord]()

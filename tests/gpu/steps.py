@@ -114,13 +114,21 @@ def engine_of(
     fp8: Fp8Section | None = None,
     recompute: Recompute = "none",
     lr: float = 1e-3,
+    cuda_graphs: bool = False,
 ) -> Engine:
     model = MODEL.model_copy(update={"implementation": implementation})
     lm = LoopLM(model, context, dtype=dtype, fp8=fp8, recompute=recompute)
     load(
         lm, {name: value.to(context.device) for name, value in to_megatron(weights(), reference_config(model)).items()}
     )
-    engine = Engine(lm, context, ObjectiveSection(chunk_tokens=96), OptimizerSection(lr=lr), loops=model.loops)
+    engine = Engine(
+        lm,
+        context,
+        ObjectiveSection(chunk_tokens=96),
+        OptimizerSection(lr=lr),
+        loops=model.loops,
+        cuda_graphs=cuda_graphs,
+    )
     engine.adopt_weights()
     return engine
 

@@ -255,3 +255,5 @@ def test_fp8_speeds_up_its_layers_until_the_host_is_in_the_way(recipe_file: Path
     assert plan(1, fp8).step_seconds > plan(1).step_seconds, "small pieces of work wait for Python"
     assert "the host" in plan(1, fp8).limit() and "batch.microbatch" in plan(1, fp8).limit()
     assert "the host" not in plan(4, fp8).limit()
+    graphs = plan(1, fp8, "training.cuda_graphs=true")
+    assert graphs.step_seconds < 0.8 * plan(1, fp8).step_seconds and "the host" not in graphs.limit()
