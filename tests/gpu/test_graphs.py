@@ -24,7 +24,13 @@ def steps_of(engine: Engine, count: int = 3) -> tuple[list[Step], float]:
     for _ in range(count):
         steps.append(step_of(engine))
         engine.update(engine.accumulate(microbatches(engine.context.device)), 1e-2)
-    return steps, engine.evaluate(microbatches(engine.context.device)).means().loss
+        assert (engine.lm.graphs is not None) == engine.cuda_graphs
+    held_out = engine.evaluate(microbatches(engine.context.device)).means().loss
+    engine.lm.graphs = None
+    engine.lm.weights_changed()
+    made_anew = engine.evaluate(microbatches(engine.context.device)).means().loss
+    assert made_anew == pytest.approx(held_out, rel=1e-6), "copies of weights in 8 bits were stale"
+    return steps, held_out
 
 
 @pytest.mark.parametrize(("implementation", "fp8", "recompute"), WAYS)
@@ -38,13 +44,12 @@ def test_graphs_change_nothing(implementation: str, fp8: str | None, recompute: 
         for graphs in (False, True):
             engine = engine_of(context, implementation, fp8=section, recompute=recompute, lr=1e-2, cuda_graphs=graphs)
             runs.append(steps_of(engine))
-            assert (engine.lm.graphs is not None) == graphs
     (plain, plain_held_out), (replayed, held_out) = runs
     for with_graphs, without in zip(replayed, plain, strict=True):
         assert with_graphs.loss == pytest.approx(without.loss, rel=2e-3)
     # Updates amplify rounding: gradients are compared where both sides still have the same weights.
     assert replayed[0].distance(plain[0]) < 1e-3
-    assert held_out == pytest.approx(plain_held_out, rel=5e-3)
+    assert held_out == pytest.approx(plain_held_out, rel=2e-2)
     assert replayed[-1].loss < replayed[0].loss - 0.05
 
 
