@@ -2,26 +2,24 @@
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from torch import Tensor
 
 from ouro_megatron.model.looplm import LoopLM
-from ouro_megatron.objective.head import HeadGroup
-from ouro_megatron.objective.loop_loss import LoopLoss, LossParts
 from ouro_megatron.objective.losses import LoopMeans, LoopSums
 from ouro_megatron.parallel.context import ParallelContext
-from ouro_megatron.parallel.loop_pipeline import JoinLoopGradient, LoopPipeline, LoopView
+from ouro_megatron.parallel.loop_pipeline import LoopPipeline
 from ouro_megatron.parallel.position import Position
 from ouro_megatron.parallel.schedule_clock import ScheduleClock, TaskTime
 from ouro_megatron.recipe.schema import ObjectiveSection, OptimizerSection
+from ouro_megatron.training.forward import LoopedForward
 from ouro_megatron.training.microbatch import Microbatch, OwnTokens, context_part
+from ouro_megatron.training.optimizer import build_optimizer
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class Engine:
                 module=lm,
                 pg_collection=context.groups,
             )
-            self.optimizer: Any = _build_optimizer(optimizer, self.ddp, context, lm) if optimizer else None
+            self.optimizer: Any = build_optimizer(optimizer, self.ddp, context, lm) if optimizer else None
         # The gate stage runs the layers without gradients, which graphs are not for.
         self.cuda_graphs = cuda_graphs and objective.kind != "gate"
         self._kernels_are_made = False
@@ -176,7 +174,7 @@ class Engine:
         """Forward, backward and gradient reduction without looking at any number: for dry runs on the meta device."""
         first = batches[0].tokens_bs
         self.pipeline.run(
-            _LoopedForward(self, self.loops, training=True),
+            self._forward(self.loops, training=True),
             self._own_tokens(batches),
             sequence_length=first.shape[1],
             microbatch_size=first.shape[0],
@@ -223,7 +221,7 @@ class Engine:
         clock: ScheduleClock | None = None,
     ) -> LoopSums:
         loops = loops or self.loops
-        forward = _LoopedForward(self, loops, training=training)
+        forward = self._forward(loops, training=training)
         frozen = self.objective.kind == "gate"
         first = batches[0].tokens_bs
         with torch.set_grad_enabled(training and not frozen):
@@ -240,6 +238,17 @@ class Engine:
             sums = sums + part
         vector = self.context.from_last_stage(self.context.sum_over_data(sums.to_tensor()))
         return LoopSums.from_tensor(vector, loops)
+
+    def _forward(self, loops: int, *, training: bool) -> LoopedForward:
+        return LoopedForward(
+            self.lm,
+            self.context,
+            self.objective,
+            self.head_weight,
+            self.position,
+            loops=loops,
+            training=training,
+        )
 
     def _own_tokens(self, batches: list[Microbatch]) -> list[OwnTokens]:
         """This rank's tokens of whole sequences. Every microbatch of a step has the same shape."""
@@ -305,105 +314,3 @@ class Engine:
         self.optimizer.step_with_ready_grads()
         self.lm.weights_changed()
         return StepResult(means, norm)
-
-
-def _build_optimizer(
-    settings: OptimizerSection, ddp: DistributedDataParallel, context: ParallelContext, lm: LoopLM
-) -> Any:
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.betas[0],
-        adam_beta2=settings.betas[1],
-        adam_eps=settings.eps,
-        clip_grad=settings.clip,
-        bf16=lm.dtype == torch.bfloat16,
-        params_dtype=lm.dtype,
-        use_distributed_optimizer=True,
-        fp8_recipe=lm.config.fp8_recipe if lm.config.fp8_param else None,
-    )
-    built = get_megatron_optimizer(
-        config,
-        [ddp],
-        config_overrides=get_standard_config_overrides(config),
-        use_gloo_process_groups=False,
-        pg_collection=context.groups,
-    )
-    for group in built.param_groups:
-        # Megatron marks norms and biases with wd_mult 0 and leaves it to its own LR scheduler, not used here, to apply.
-        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
-    return built
-
-
-class _LoopedForward:
-    """The forward step the schedule calls for each (view, microbatch)."""
-
-    def __init__(self, engine: Engine, loops: int, *, training: bool) -> None:
-        self._engine = engine
-        self._lm = engine.lm
-        self._loops = loops
-        self._training = training
-        self._losses: dict[int, LoopLoss] = {}
-        self._rotary: Tensor | None = None
-
-    def __call__(self, batches: Iterator[tuple[int, OwnTokens]], view: LoopView) -> tuple[Tensor, Any]:
-        index, batch = next(batches)
-        context, position = self._engine.context, self._engine.position
-        position.microbatch = index + 1
-        if view.loops.start == 0 and context.is_first_stage:
-            h_sbh = self._lm.embed(batch.tokens_bs)
-        else:
-            assert view.received is not None
-            h_sbh = view.received
-        rotary, documents = self._angles(batch), batch.documents
-        for loop in view.loops:
-            position.loop = loop + 1
-            h_sbh = self._lm.run_layers(h_sbh, rotary, loop=loop, documents=documents)
-            if context.is_last_stage:
-                h_sbh = self._add_loss(index, batch, h_sbh, leaves=loop == view.loops[-1] and loop + 1 < self._loops)
-        if not context.is_last_stage or view.loops[-1] + 1 < self._loops:
-            return h_sbh, None
-        # The gate objective runs without a graph through the model: its own short one ends here.
-        gate_only = self._training and self._engine.objective.kind == "gate"
-        with torch.set_grad_enabled(gate_only or torch.is_grad_enabled()):
-            loss, tokens, sums = self._losses.pop(index).finish()
-            if gate_only:
-                loss.backward()
-        return loss, partial(_hand_out, tokens=tokens, sums=sums)
-
-    def _angles(self, batch: OwnTokens) -> Tensor:
-        """RoPE's: those of plain rows are kept for the step, packed documents have their own in each microbatch."""
-        if batch.packed:
-            return self._lm.rotary_of(batch.length, batch.documents)
-        if self._rotary is None:
-            self._rotary = self._lm.rotary_of(batch.length, None)
-        return self._rotary
-
-    def _add_loss(self, index: int, batch: OwnTokens, h_sbh: Tensor, *, leaves: bool) -> Tensor:
-        """Adds this loop's loss. `leaves`: the state goes on to another rank, beyond autograd's reach."""
-        if index not in self._losses:
-            self._losses[index] = self._new_loss(batch)
-        if not (leaves and h_sbh.requires_grad):
-            self._losses[index].add_loop(h_sbh)
-            return h_sbh
-        leaf_sbh = h_sbh.detach().requires_grad_()
-        self._losses[index].add_loop(leaf_sbh)
-        return JoinLoopGradient.apply(h_sbh, leaf_sbh)
-
-    def _new_loss(self, batch: OwnTokens) -> LoopLoss:
-        lm, context = self._lm, self._engine.context
-        assert lm.output_layer is not None
-        head = HeadGroup(context.groups.tp, context.tensor_rank, context.tensor_size, context.sequence_parallel)
-        return LoopLoss(
-            LossParts(lm.gate_logits, self._engine.head_weight(), head),
-            self._engine.objective,
-            self._loops,
-            batch.labels_bs,
-            batch.mask_bs,
-            training=self._training,
-        )
-
-
-def _hand_out(loss: Tensor, *, tokens: Tensor, sums: LoopSums) -> tuple[Tensor, Tensor, LoopSums]:
-    return loss, tokens, sums
