@@ -47,7 +47,8 @@ def main() -> int:
 def _run(seeds: list[int], out: Path | None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.simplefilter("ignore")  # Megatron-Core names every optional package it does not find
-    from tests.faults.harness import Suite, start_fork_server
+    from tests.faults.forked import start_fork_server
+    from tests.faults.harness import Suite
 
     failed: list[int] = []
     times: list[float] = []

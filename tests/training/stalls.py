@@ -16,7 +16,7 @@ from ouro_megatron.recipe.load import dump_recipe
 from ouro_megatron.recipe.schema import Recipe
 from ouro_megatron.training.launch import RankProcess, Ranks
 from tests.distributed.ranks import preloaded_forkserver
-from tests.faults.harness import ForkedRank
+from tests.faults.forked import ForkedRank
 
 STEP, LOOP, MICROBATCH = 3, 2, 3
 SLOW_SECONDS = 0.12
