@@ -56,7 +56,10 @@ def main() -> None:
                     texts = list(islice(documents(given.text, 1e9, characters), 2))
                 peaks.append(_peak(form, texts, tokenizer, work / "run"))
             growth = (peaks[-1] - peaks[0]) / (given.millions[-1] - given.millions[0])
-            print(f"{form:20} {' '.join(f'{peak:6.0f}' for peak in peaks)} MB  {growth:5.2f} bytes a character", flush=True)
+            print(
+                f"{form:20} {' '.join(f'{peak:6.0f}' for peak in peaks)} MB  {growth:5.2f} bytes a character",
+                flush=True,
+            )
 
 
 def _peak(form: str, texts: Texts, tokenizer: Path, work: Path) -> float:

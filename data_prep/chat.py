@@ -247,19 +247,21 @@ def _before(marks: list[int], position: int) -> int:
 
 def _cut_marks(text: str) -> tuple[str, list[Span]]:
     """Takes the marks of `generation` blocks out: (text, outermost spans)."""
+    marks = [(mark.start(), mark.group()) for mark in re.finditer(f"[{OPEN}{CLOSE}]", text)]
+    # One after the other, so that a long text is held twice and not three times.
+    text = text.replace(OPEN, "")
+    text = text.replace(CLOSE, "")
     spans: list[Span] = []
     depth = start = 0
-    for number, mark in enumerate(re.finditer(f"[{OPEN}{CLOSE}]", text)):
-        place = mark.start() - number
-        if mark.group() == OPEN:
+    for number, (at, mark) in enumerate(marks):
+        place = at - number
+        if mark == OPEN:
             start = start if depth else place
             depth += 1
         else:
             depth -= 1
             if not depth:
                 spans.append((start, place))
-    text = text.replace(OPEN, "")  # one after the other: a long text is not held three times
-    text = text.replace(CLOSE, "")
     return text, spans
 
 

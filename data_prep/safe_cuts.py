@@ -2,8 +2,8 @@
 
 `tokenizers` takes over a hundred bytes of memory for each character of a text, so long ones go to it in parts. A place
 lies behind a letter or digit, before white space or punctuation. There each known splitter ends a word and begins one:
-no alternative of its pattern takes both, and none looks back. The only one that looks ahead, `\\s+(?!\\S)`, is about white
-space, all of which lies behind the place. In no normal form does what follows compose with what is before.
+no alternative of its pattern takes both, and none looks back. The only one that looks ahead, `\\s+(?!\\S)`, is about
+white space, all of which lies behind the place. In no normal form does what follows compose with what is before.
 """
 
 import json
