@@ -209,7 +209,7 @@ def _bytes_of(column: Any, index: int) -> memoryview | None:
     checks = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
     wide = [check(column.type) for check in checks]
     _, offsets, values = column.buffers() if any(wide) else (None, None, None)
-    if values is None or column.slice(index, 1).null_count:
+    if offsets is None or values is None or column.slice(index, 1).null_count:
         return None
     bounds = memoryview(offsets).cast("q" if any(wide[2:]) else "i")
     return memoryview(values)[bounds[column.offset + index] : bounds[column.offset + index + 1]]
