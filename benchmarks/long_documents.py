@@ -68,7 +68,7 @@ def _peak(form: str, texts: Texts, tokenizer: Path, work: Path) -> float:
     raw.mkdir(parents=True)
     kind, write = _FORMS[form]
     write(texts, raw)
-    folder = _other_tokenizer(tokenizer, work / "tokenizer", form)
+    folder = _other_tokenizer(tokenizer, work / "tokenizer", normalized=form == "slow path")
     recipe = {
         "output": str(work / "out"),
         "tokenizer": {"kind": "existing", "path": str(folder)},
@@ -85,10 +85,10 @@ def _peak(form: str, texts: Texts, tokenizer: Path, work: Path) -> float:
     return int(run.stdout.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
-def _other_tokenizer(tokenizer: Path, folder: Path, form: str) -> Path:
-    """One with the special tokens of ChatML, and one that takes the slow path."""
+def _other_tokenizer(tokenizer: Path, folder: Path, *, normalized: bool) -> Path:
+    """One with the special tokens of ChatML; `normalized`: that takes the slow path."""
     content = json.loads((tokenizer / "tokenizer.json").read_text())
-    if form == "slow path":
+    if normalized:
         content["normalizer"] = {"type": "NFC"}
     first = 1 + max(content["model"]["vocab"].values())
     for number, token in enumerate(("<|im_start|>", "<|im_end|>")):
@@ -123,6 +123,11 @@ def _chat(texts: Texts, raw: Path) -> None:
             file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
 
 
+def _ascii_chat(texts: Texts, raw: Path) -> None:
+    """Where Python takes one byte a character instead of the four that an emoji asks for."""
+    _chat([text.encode("ascii", "ignore").decode() for text in texts], raw)
+
+
 _FORMS: dict[str, tuple[str, Callable[[Texts, Path], None]]] = {
     "lines": ("jsonl", _lines),
     "parquet": ("parquet", _parquet),
@@ -130,6 +135,7 @@ _FORMS: dict[str, tuple[str, Callable[[Texts, Path], None]]] = {
     "one word": ("jsonl", _lines),
     "slow path": ("jsonl", _lines),
     "chat": ("chat", _chat),
+    "chat, ASCII": ("chat", _ascii_chat),
 }
 
 
