@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from data_prep.sources.base import Document
 
 def test_the_hash_of_a_conversation_is_that_of_its_json() -> None:
     """Hashes of earlier runs lie on disk; they are compared with those of today."""
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "user", "content": 'a "\\\n é 😀', "n": [1, 2.5, None, True]},
         {"content": {"b": "x", "a": set()}},
     ]
