@@ -3,15 +3,17 @@
  * A text is cut into words by the rules of
  *     's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
  * inside the pieces that isolated digits leave; each word goes through a cache of words seen before, and on a miss
- * through the merges. `encode_batch` holds the ids of its texts, `encode_long` hands them out in pieces while it walks;
- * all other memory is of fixed size, whatever the text. Nothing here knows Unicode: the class of each character comes
+ * through the merges. `encode_batch` holds the ids of its texts, `encode_long` hands them out in pieces while it walks,
+ * inside a word too; all other memory is of fixed size, whatever the text. Nothing here knows Unicode: the class of each character comes
  * from Python (data_prep/character_classes.py).
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <structmember.h>
 
 enum { OTHER = 0, LETTER = 1, NUMBER = 2, SPACE = 3, DIGIT = 4 };
 
@@ -26,7 +28,7 @@ enum { OTHER = 0, LETTER = 1, NUMBER = 2, SPACE = 3, DIGIT = 4 };
 #define LONG_BITS 14
 #define KEPT_SCRATCH (1u << 22) /* bytes of scratch that outlive the text they were needed for */
 #define UNSETTLED 32 /* ids at the end of a window that what follows may change */
-#define PIECE_IDS (1u << 18) /* ids after which `encode_long` hands them out */
+#define LOOKED_AT 16 /* bytes of a word without an end, for each id of a piece, after which the sink hears of them */
 
 typedef struct {
     uint64_t key[2]; /* the word's bytes, zero-filled; the last byte is its length, 0 for an empty slot */
@@ -59,6 +61,8 @@ typedef struct {
     uint32_t *merged_of_rank;
     uint32_t *bytes_of_id;
     size_t window;            /* bytes of a word that are merged at one time */
+    size_t piece;             /* ids after which `encode_long` hands them out */
+    Py_ssize_t unsettled;     /* bytes at the end of a word whose ids what follows may change; see `add_reach` */
     ShortSlot *short_words;   /* buckets of two */
     unsigned short_shift;
     size_t short_buckets;
@@ -72,6 +76,15 @@ typedef struct {
     uint64_t *heap;
     size_t scratch_size;
 } Encoder;
+
+/* Where the ids of a text go while it is walked. NULL in place of one: they are held. */
+typedef struct {
+    PyObject *call;
+    const uint8_t *begin; /* of the text */
+} Sink;
+
+static int reserve_out(Encoder *self, size_t more);
+static int hand_out(Encoder *self, const Sink *sink, size_t count, const uint8_t *read);
 
 /* ---- merges ---- */
 
@@ -275,6 +288,19 @@ static int seam_holds(Encoder *self, const uint8_t *bytes, uint32_t left, uint32
     return holds;
 }
 
+/* Hands out those of the `count` ids of a word that nothing can change any more. Returns how many stay; SIZE_MAX with
+ * an exception. */
+static size_t hand_out_settled(Encoder *self, const Sink *sink, size_t count, const uint8_t *read)
+{
+    size_t stay = 0;
+    for (size_t bytes = 0; stay < count && bytes < (size_t)self->unsettled; stay++)
+        bytes += self->bytes_of_id[self->out[count - 1 - stay]];
+    self->out_used = count;
+    if (count - stay >= self->piece && hand_out(self, sink, count - stay, read) < 0)
+        return SIZE_MAX;
+    return self->out_used;
+}
+
 /* `merge_long` in windows, with the same ids and memory that does not grow with the word.
  *
  * Why they are the same. Let the merges of u give tokens that end in a, those of v tokens that begin with b, and those
@@ -284,13 +310,22 @@ static int seam_holds(Encoder *self, const uint8_t *bytes, uint32_t left, uint32
  * beginning of a, as a is one of its tokens; likewise for b and v. So within the bytes of a and b the merges were those
  * that these bytes see alone, in the same order, and the one across the seam, the lowest of all, comes next there too.
  * But it does not come there. By the same argument a run of neighbouring tokens of u is what its own bytes give, so
- * what is settled can be any beginning of a window. */
-static int encode_windows(Encoder *self, const uint8_t *word, size_t length)
+ * what is settled can be any beginning of a window.
+ *
+ * With a sink, ids are handed out once nothing that follows can change them: those that end `unsettled` bytes or more
+ * before the furthest place that was settled. Going back ends there, and the window is then so long that it sees what
+ * that place saw, so that the seam holds without a look. */
+static int encode_windows(Encoder *self, const uint8_t *word, size_t length, const Sink *sink)
 {
-    uint32_t *out = self->out + self->out_used;
-    size_t done = 0, count = 0, furthest = 0, window = self->window, back = 1;
+    if (sink && hand_out(self, sink, self->out_used, word) < 0)
+        return -1;
+    size_t first = self->out_used, done = 0, count = 0, furthest = 0, window = self->window, back = 1;
     for (;;) {
         size_t taken = length - done < window ? length - done : window;
+        self->out_used = first + count;
+        if (sink && reserve_out(self, taken) < 0)
+            return -1;
+        uint32_t *out = self->out + first;
         Py_ssize_t found = merge_long(self, word + done, taken, out + count);
         if (found < 0)
             return -1;
@@ -302,12 +337,12 @@ static int encode_windows(Encoder *self, const uint8_t *word, size_t length)
                 for (size_t i = 0; i < back && count > 0; i++)
                     done -= self->bytes_of_id[out[--count]];
                 back *= 2;
-                window *= 2;
+                window = window * 2 > furthest - done ? window * 2 : furthest - done;
                 continue;
             }
         }
         if (done + taken == length) {
-            self->out_used += count + (size_t)found;
+            self->out_used = first + count + (size_t)found;
             return 0;
         }
         size_t unsettled = (size_t)found / 2 < UNSETTLED ? (size_t)found / 2 : UNSETTLED;
@@ -317,6 +352,8 @@ static int encode_windows(Encoder *self, const uint8_t *word, size_t length)
         if (done > furthest) { /* only then, so that it comes to an end */
             furthest = done;
             window = self->window;
+            if (sink && count >= self->piece && (count = hand_out_settled(self, sink, count, word + done)) == SIZE_MAX)
+                return -1;
         }
     }
 }
@@ -400,8 +437,6 @@ static uint64_t hash_bytes(const uint8_t *word, size_t length)
 static int encode_long(Encoder *self, const uint8_t *word, size_t length)
 {
     uint32_t *out = self->out + self->out_used;
-    if (length > self->window)
-        return encode_windows(self, word, length);
     if (length > LONG_WORD) {
         Py_ssize_t count = merge_long(self, word, length, out);
         if (count < 0)
@@ -430,8 +465,14 @@ static int encode_long(Encoder *self, const uint8_t *word, size_t length)
     return 0;
 }
 
-static int encode_part(Encoder *self, const uint8_t *word, size_t length, const uint8_t *end)
+static int encode_part(Encoder *self, const uint8_t *word, size_t length, const uint8_t *end, const Sink *sink)
 {
+    if (length > self->window)
+        return encode_windows(self, word, length, sink);
+    /* No word has more ids than bytes. Without a sink there is room for the whole text. */
+    if (sink && ((self->out_used >= self->piece && hand_out(self, sink, self->out_used, word) < 0) ||
+                 reserve_out(self, length) < 0))
+        return -1;
     if (length == 1) {
         self->out[self->out_used++] = self->byte_ids[*word];
         return 0;
@@ -441,18 +482,18 @@ static int encode_part(Encoder *self, const uint8_t *word, size_t length, const 
 
 /* One word; `end` is the end of the text. A word is cut where no merge can ever join what is left and right of the
  * cut, which changes nothing but turns long words, such as sentences without spaces, into short ones. */
-static int encode_word(Encoder *self, const uint8_t *word, size_t length, const uint8_t *end)
+static int encode_word(Encoder *self, const uint8_t *word, size_t length, const uint8_t *end, const Sink *sink)
 {
     if (length <= SHORT_WORD && word[length - 1] < 0x80)
-        return encode_part(self, word, length, end);
+        return encode_part(self, word, length, end, sink);
     size_t start = 0;
     for (size_t i = 1; i < length; i++)
         if (!self->may_cross[(size_t)word[i - 1] << 8 | word[i]]) {
-            if (encode_part(self, word + start, i - start, end) < 0)
+            if (encode_part(self, word + start, i - start, end, sink) < 0)
                 return -1;
             start = i;
         }
-    return encode_part(self, word + start, length - start, end);
+    return encode_part(self, word + start, length - start, end, sink);
 }
 
 /* ---- splitting a text into words ---- */
@@ -516,31 +557,60 @@ static int reserve_out(Encoder *self, size_t more)
     return 0;
 }
 
-/* Hands the ids so far to `sink`, with the bytes of the text that are done. It may use this encoder. */
-static int hand_out(Encoder *self, PyObject *sink, size_t done)
+/* Hands the first `count` ids to the sink, in pieces or none, with the bytes of the text that were read. It may use this
+ * encoder. The others stay, at the beginning of `out`. */
+static int hand_out(Encoder *self, const Sink *sink, size_t count, const uint8_t *read)
 {
     uint32_t *out = self->out; /* not the encoder's while Python runs */
-    size_t used = self->out_used;
+    size_t stay = self->out_used - count, at = 0;
     self->out = NULL;
     self->out_used = self->out_size = 0;
-    int failed = 0;
-    for (size_t at = 0; at < used && !failed; at += PIECE_IDS) {
-        size_t count = used - at < PIECE_IDS ? used - at : PIECE_IDS;
-        PyObject *ids = PyByteArray_FromStringAndSize((const char *)(out + at), (Py_ssize_t)(count * sizeof(uint32_t)));
-        PyObject *answer = ids ? PyObject_CallFunction(sink, "Nn", ids, (Py_ssize_t)done) : NULL;
+    int failed;
+    do {
+        size_t some = count - at < self->piece ? count - at : self->piece;
+        PyObject *ids = PyByteArray_FromStringAndSize((const char *)(out + at), (Py_ssize_t)(some * sizeof(uint32_t)));
+        PyObject *answer = ids ? PyObject_CallFunction(sink->call, "Nn", ids, (Py_ssize_t)(read - sink->begin)) : NULL;
         failed = !answer;
         Py_XDECREF(answer);
+        at += some;
+    } while (at < count && !failed);
+    self->out_used = 0; /* the sink may have used it */
+    if (!failed && stay > 0 && !(failed = reserve_out(self, stay) < 0)) {
+        memcpy(self->out, out + count, stay * sizeof(uint32_t));
+        self->out_used = stay;
     }
     free(out);
-    self->out_used = 0; /* the sink may have used it */
     return failed ? -1 : 0;
 }
 
-enum { SPLIT, ENCODE, HAND_OUT };
+/* Tells the sink of a long stretch that was read since `*told`: a word may have no end for long. */
+static inline int tell(Encoder *self, const Sink *sink, const uint8_t *read, const uint8_t **told)
+{
+    if ((size_t)(read - *told) < self->piece * LOOKED_AT)
+        return 0;
+    *told = read;
+    return hand_out(self, sink, self->out_used, read);
+}
 
-/* Walks over the words of a text: keeps where each ends, or its ids, or hands out the ids in pieces. */
-static inline __attribute__((always_inline)) int walk(Encoder *self, const uint8_t *p, size_t length, int mode,
-                                                      PyObject *sink)
+/* `skip_class` that tells the sink, if there is one. NULL with an exception. */
+static inline const uint8_t *skip_word(Encoder *self, const uint8_t *p, const uint8_t *end, unsigned class,
+                                       const Sink *sink)
+{
+    if (!sink)
+        return skip_class(self, p, end, class);
+    for (const uint8_t *told = p;;) {
+        const uint8_t *stop = (size_t)(end - p) > self->piece * LOOKED_AT ? p + self->piece * LOOKED_AT : end;
+        p = skip_class(self, p, stop, class);
+        if (p < stop || p >= end)
+            return p;
+        if (tell(self, sink, p, &told) < 0)
+            return NULL;
+    }
+}
+
+/* Walks over the words of a text: keeps where each ends, or its ids, or hands them to a sink. */
+static inline __attribute__((always_inline)) int walk(Encoder *self, const uint8_t *p, size_t length, int ends_only,
+                                                      const Sink *sink)
 {
     const uint8_t *begin = p, *end = p + length;
     while (p < end) {
@@ -552,53 +622,50 @@ static inline __attribute__((always_inline)) int walk(Encoder *self, const uint8
             if (class == SPACE || class == DIGIT)
                 class = SPACE;
             else
-                q = skip_class(self, q + following, end, class);
+                q = skip_word(self, q + following, end, class, sink);
         } else if (*p == '\'' && (following = contraction(p, end)) != 0) {
             q = p + following;
         } else if (class != SPACE && class != DIGIT) {
-            q = skip_class(self, q, end, class);
+            q = skip_word(self, q, end, class, sink);
         }
+        if (!q)
+            return -1;
         if (class == SPACE) {
-            const uint8_t *last = p; /* the last space of the run */
+            const uint8_t *last = p, *told = p; /* the last space of the run */
             unsigned after = SPACE;
             while (q < end && (after = class_at(self, q, &following)) == SPACE) {
                 last = q;
                 q += following;
+                if (sink && tell(self, sink, q, &told) < 0)
+                    return -1;
             }
             /* The last space of a run goes to the word that follows, if one does in this piece. */
             if (q < end && after != DIGIT && last > p)
                 q = last;
         }
-        if (mode == SPLIT) {
+        if (ends_only)
             self->out[self->out_used++] = (uint32_t)(q - begin);
-        } else {
-            /* No word has more ids than bytes. */
-            if (mode == HAND_OUT && reserve_out(self, (size_t)(q - p)) < 0)
-                return -1;
-            if (encode_word(self, p, (size_t)(q - p), end) < 0)
-                return -1;
-        }
-        p = q;
-        if (mode == HAND_OUT && (self->out_used >= PIECE_IDS || p == end) &&
-            hand_out(self, sink, (size_t)(p - begin)) < 0)
+        else if (encode_word(self, p, (size_t)(q - p), end, sink) < 0)
             return -1;
+        p = q;
     }
-    return 0;
+    return sink && self->out_used > 0 ? hand_out(self, sink, self->out_used, end) : 0;
 }
 
 static int encode_text(Encoder *self, const uint8_t *text, size_t length)
 {
-    return walk(self, text, length, ENCODE, NULL);
+    return walk(self, text, length, 0, NULL);
 }
 
 static int split_text(Encoder *self, const uint8_t *text, size_t length)
 {
-    return walk(self, text, length, SPLIT, NULL);
+    return walk(self, text, length, 1, NULL);
 }
 
-static int encode_in_pieces(Encoder *self, const uint8_t *text, size_t length, PyObject *sink)
+static int encode_in_pieces(Encoder *self, const uint8_t *text, size_t length, PyObject *call)
 {
-    return walk(self, text, length, HAND_OUT, sink);
+    Sink sink = {call, text};
+    return walk(self, text, length, 0, &sink);
 }
 
 /* ---- the Python type ---- */
@@ -651,7 +718,8 @@ done:
 
 PyDoc_STRVAR(encode_long_doc,
 "encode_long(text: Buffer, sink: Callable[[bytearray, int], object]) -> None\n\n"
-"`sink` gets the uint32 ids of a text of valid UTF-8 in pieces, each with the number of bytes of the text that are done.\n"
+"`sink` gets the uint32 ids of a text of valid UTF-8 in pieces, some of them empty, each with the number of bytes of the\n"
+"text that were read; a few, and those of a word whose end was looked for, are read again.\n"
 "Raises ValueError for a text that ends inside a character, and what `sink` raises.");
 
 /* Whether a text ends with its last character. The walk never reads past the end of one that does, valid or not. */
@@ -710,6 +778,37 @@ static PyObject *Encoder_split(Encoder *self, PyObject *object)
     return ends;
 }
 
+/* How far what follows a word's beginning u can reach into its tokens: those that end so many bytes before the end of u
+ * are the same whatever follows.
+ *
+ * Compare the merges of u with those of uv, rank by rank, and let q be a place up to which both hold the same tokens:
+ * |u| at first. All merges of one rank r, of x and y, are done before one of a higher rank, from left to right. As long as
+ * they end before q both do the same ones. If no pair of a lower rank has the token xy in it, the only other one is that of
+ * the token x that ends at q: the place moves by the bytes of x. If there is such a pair, the new token may at once be
+ * merged further, with what is left or right of it; but each token that comes after the first that is not in both holds a
+ * byte at or behind the last one before q, as each pair of a rank up to r is further right or has the newest token in it.
+ * So it begins no more than the bytes L of the longest token before q, and the end of a token that stands before there is
+ * less than L away. Summed over all ranks. Merges of trained tokenizers hardly ever use a token before it is made. */
+static int add_reach(Encoder *self, const uint32_t *merges, size_t count, size_t ids)
+{
+    uint32_t *used = malloc(ids * sizeof(uint32_t)); /* the lowest rank that an id is merged in */
+    if (!used)
+        return -1;
+    uint32_t longest = 1;
+    for (size_t id = 0; id < ids; id++) {
+        used[id] = NO_RANK;
+        longest = self->bytes_of_id[id] > longest ? self->bytes_of_id[id] : longest;
+    }
+    for (size_t rank = count; rank-- > 0;)
+        used[merges[rank * 4]] = used[merges[rank * 4 + 1]] = (uint32_t)rank;
+    for (size_t rank = 0; rank < count; rank++) {
+        const uint32_t *merge = merges + rank * 4;
+        self->unsettled += used[merge[2]] < rank ? 2 * (Py_ssize_t)longest : (Py_ssize_t)self->bytes_of_id[merge[0]];
+    }
+    free(used);
+    return 0;
+}
+
 static int add_merges(Encoder *self, const uint32_t *merges, const uint8_t *edges, size_t count)
 {
     size_t slots = 1024;
@@ -743,29 +842,31 @@ static int add_merges(Encoder *self, const uint32_t *merges, const uint8_t *edge
     for (size_t left = 0; left < 256; left++)
         for (size_t right = 0; right < 256; right++)
             self->byte_ranks[left << 8 | right] = rank_of(self, self->byte_ids[left], self->byte_ids[right]);
-    return 0;
+    return add_reach(self, merges, count, (size_t)most + 1);
 }
 
 PyDoc_STRVAR(Encoder_doc,
-"Encoder(classes: bytes, byte_ids: bytes, merges: bytes, edges: bytes, cache_bits: int, window: int)\n\n"
+"Encoder(classes: bytes, byte_ids: bytes, merges: bytes, edges: bytes, cache_bits: int, window: int, piece: int)\n\n"
 "classes: uint8[0x110000], a code of this module for each character. byte_ids: uint32[256], id of each byte.\n"
 "merges: uint32[merges, 4], left, right and merged id and the bytes of the merged token, in order of rank. edges:\n"
 "uint8[merges, 2], the last byte of each left and the first byte of each right token. cache_bits: logarithm of the\n"
-"buckets (64 bytes each) for short words. window: bytes of a word that are merged at one time, 16 or more.");
+"buckets (64 bytes each) for short words. window: bytes of a word that are merged at one time, 16 or more. piece: ids\n"
+"that `encode_long` hands out at one time, at most.");
 
 static PyObject *Encoder_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"classes", "byte_ids", "merges", "edges", "cache_bits", "window", NULL};
+    static char *names[] = {"classes", "byte_ids", "merges", "edges", "cache_bits", "window", "piece", NULL};
     const char *classes, *byte_ids, *merges, *edges;
     Py_ssize_t classes_size, byte_ids_size, merges_size, edges_size;
     int cache_bits;
-    Py_ssize_t window;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y#y#y#y#in", names, &classes, &classes_size, &byte_ids,
-                                     &byte_ids_size, &merges, &merges_size, &edges, &edges_size, &cache_bits, &window))
+    Py_ssize_t window, piece;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y#y#y#y#inn", names, &classes, &classes_size, &byte_ids,
+                                     &byte_ids_size, &merges, &merges_size, &edges, &edges_size, &cache_bits, &window,
+                                     &piece))
         return NULL;
     Py_ssize_t count = merges_size / 16;
     if (classes_size != CHARACTERS || byte_ids_size != 1024 || merges_size != count * 16 || edges_size != count * 2 ||
-        cache_bits < 4 || cache_bits > 24 || window < SHORT_WORD + 1 || (size_t)count >= NO_RANK) {
+        cache_bits < 4 || cache_bits > 24 || window < SHORT_WORD + 1 || piece < 1 || (size_t)count >= NO_RANK) {
         PyErr_SetString(PyExc_ValueError, "a table of the wrong size");
         return NULL;
     }
@@ -776,6 +877,7 @@ static PyObject *Encoder_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     self->short_buckets = (size_t)1 << cache_bits;
     self->short_shift = 64 - (unsigned)cache_bits;
     self->window = (size_t)window;
+    self->piece = (size_t)piece;
     self->classes = calloc(CLASSES, 1);
     self->short_words = calloc(self->short_buckets * 2, sizeof(ShortSlot));
     self->long_words = calloc((size_t)1 << LONG_BITS, sizeof(LongSlot));
@@ -823,11 +925,18 @@ static PyMethodDef Encoder_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyMemberDef Encoder_members[] = {
+    {"unsettled", T_PYSSIZET, offsetof(Encoder, unsettled), READONLY,
+     "Bytes at the end of a word's beginning whose ids may be others once more of the word follows; at most so many."},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyType_Slot Encoder_slots[] = {
     {Py_tp_doc, (void *)Encoder_doc},
     {Py_tp_new, Encoder_new},
     {Py_tp_dealloc, Encoder_dealloc},
     {Py_tp_methods, Encoder_methods},
+    {Py_tp_members, Encoder_members},
     {0, NULL},
 };
 

@@ -3,8 +3,9 @@ from collections.abc import Callable
 from typing_extensions import Buffer
 
 class Encoder:
+    unsettled: int
     def __init__(
-        self, classes: bytes, byte_ids: bytes, merges: bytes, edges: bytes, cache_bits: int, window: int
+        self, classes: bytes, byte_ids: bytes, merges: bytes, edges: bytes, cache_bits: int, window: int, piece: int
     ) -> None: ...
     def encode_batch(self, texts: list[str]) -> tuple[bytearray, bytearray]: ...
     def encode_long(self, text: Buffer, sink: Callable[[bytearray, int], object], /) -> None: ...

@@ -21,6 +21,8 @@ _CACHE_BITS = 16
 """65,536 buckets of two words: 8 MB."""
 _WINDOW = 1 << 16
 """Bytes of a word that are merged at one time."""
+_PIECE = 1 << 18
+"""Ids of a text that is not held in memory, 1 MB, that are handed on at one time."""
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -57,7 +59,7 @@ class ByteLevelEncoder:
             raise MisfitError(
                 f"its C extension was not built ({error}); `pip install` the project again where there is a C compiler"
             ) from error
-        if not hasattr(Encoder, "encode_long"):
+        if not hasattr(Encoder, "unsettled"):
             raise MisfitError("its C extension was built from older source; `pip install` the project again")
         if sys.byteorder != "little":
             raise MisfitError("this machine is big-endian")
@@ -65,7 +67,7 @@ class ByteLevelEncoder:
         codes = class_codes(_isolates_digits(content))
         byte_ids, merges, edges = _tables(content["model"])
         tables = (codes.tobytes(), byte_ids.tobytes(), merges.tobytes(), edges.tobytes())
-        self._encoder = Encoder(*tables, _CACHE_BITS, _WINDOW)
+        self._encoder = Encoder(*tables, _CACHE_BITS, _WINDOW, _PIECE)
         self._try_out(tokenizer, content)
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
@@ -76,8 +78,8 @@ class ByteLevelEncoder:
     def encode_long(self, text: LongText, put: Callable[[np.ndarray], object]) -> None:
         with text.mapped() as mapped:
 
-            def take(ids: bytearray, done: int) -> None:
-                mapped.forget(done)
+            def take(ids: bytearray, read: int) -> None:
+                mapped.forget(read)
                 put(np.frombuffer(ids, dtype=np.uint32))
 
             self._encoder.encode_long(mapped.bytes, take)

@@ -12,13 +12,15 @@ that ends it, the one at which generation stops.
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from data_prep.chat_turns import check_messages, guarded, name_of
+from data_prep.safe_cuts import can_be_cut, parts
 from ouro_megatron.data.chat_template import CHATML, CHATML_TOKENS, CLOSE, OPEN, ChatTemplate, load_template
 from ouro_megatron.data.tokenizer import tokenizer_file
 from ouro_megatron.errors import DataError
@@ -26,6 +28,8 @@ from ouro_megatron.errors import DataError
 GUARD, STAND_IN = "\ufdd2", "\ufdd3"
 """Noncharacters: one breaks spellings of special tokens, one stands in for a message to see where it lands."""
 _THOUGHT = "</think>"
+_FAR = 2**62
+"""Behind every character."""
 
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
@@ -43,6 +47,7 @@ class ChatEncoder:
         # Post-processors only add special tokens, which templates write themselves, and some shift offsets.
         content["post_processor"] = None
         self._tokenizer = Tokenizer.from_str(json.dumps(content))
+        self._can_be_cut = can_be_cut(self._tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         special = [token["content"] for token in content.get("added_tokens", []) if token.get("special")]
@@ -59,7 +64,12 @@ class ChatEncoder:
             )
 
     def encode(self, messages: Messages, tools: Sequence[Any] | None = None) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation and, for each, whether it counts as a label: it is of the assistant.
+        """`encode_arrays` as lists."""
+        ids, counts = self.encode_arrays(messages, tools)
+        return ids.tolist(), counts.tolist()
+
+    def encode_arrays(self, messages: Messages, tools: Sequence[Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a conversation (uint32) and, for each, whether it counts as a label (bool): it is of the assistant.
 
         `messages`: mappings with `role` and `content` (text, or a list of text parts, which are joined), as chat
         templates take them; also `tool_calls`, `reasoning_content` and what else the template knows. No end of document
@@ -70,15 +80,15 @@ class ChatEncoder:
         text, spans = self._render(turns, tools)
         plain, guards = _without(text, GUARD)
         spans = [(_before(guards, start), _before(guards, end)) for start, end in spans]
-        ids, offsets = self._tokenise(text, plain, guards)
-        return ids, _overlaps(offsets, spans)
+        return self._tokenise(text, plain, guards, spans)
 
     def prompt(self, messages: Messages, tools: Sequence[Any] | None = None) -> list[int]:
         """Ids of a conversation up to where the assistant's next turn begins: what generation is fed."""
         turns = guarded(check_messages(messages, answered=False), self._special, GUARD)
         text, _ = _cut_marks(self._rendered(turns, tools, prompt=True))
         plain, guards = _without(text, GUARD)
-        return self._tokenise(text, plain, guards)[0]
+        ids: list[int] = self._tokenise(text, plain, guards, [])[0].tolist()
+        return ids
 
     def _render(self, turns: Messages, tools: Sequence[Any] | None) -> tuple[str, list[Span]]:
         """The rendered text, guards still in it, and the character spans of the assistant's turns."""
@@ -170,29 +180,28 @@ class ChatEncoder:
             return start, follows.end()
         return span
 
-    def _tokenise(self, text: str, plain: str, guards: list[int]) -> tuple[list[int], list[Span]]:
-        """Ids of `plain`, in which what `text` guards stays text, and the characters of `plain` each id is from."""
+    def _tokenise(
+        self, text: str, plain: str, guards: list[int], spans: Sequence[Span]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of `plain`, in which what `text` guards stays text, and whether each has a character in a span."""
         if not guards:
-            return self._encode(plain, special=True)
+            return _joined(self._encode(plain, spans, special=True))
         pieces = self._pieces(text)
         # Cutting at special tokens must not change ids: seen on the same text with harmless spellings.
-        harmless = [(piece.replace(GUARD, "x"), True) for piece, _ in pieces]
-        joined = [i for piece, special in harmless for i in self._encode(piece, special=special)[0]]
-        if joined != self._encode("".join(piece for piece, _ in harmless), special=True)[0]:
+        harmless = [piece.replace(GUARD, "x") for piece, _ in pieces]
+        apart, _ = _joined(found for piece in harmless for found in self._encode(piece, [], special=True))
+        if not np.array_equal(apart, _joined(self._encode("".join(harmless), [], special=True))[0]):
             raise DataError(
                 "a message spells a special token, and this tokenizer cannot keep it as text: it encodes text "
                 "otherwise at the start or beside special tokens"
             )
-        ids: list[int] = []
-        offsets: list[Span] = []
+        found: list[tuple[np.ndarray, np.ndarray]] = []
         at = 0
         for piece, special in pieces:
             piece = piece.replace(GUARD, "")
-            more, where = self._encode(piece, special=special)
-            ids += more
-            offsets += [(start + at, end + at) for start, end in where]
+            found += self._encode(piece, spans, special=special, at=at)
             at += len(piece)
-        return ids, offsets
+        return _joined(found)
 
     def _pieces(self, text: str) -> list[tuple[str, bool]]:
         """`text` cut at the template's special tokens around guarded stretches: (piece, are special tokens meant)."""
@@ -210,10 +219,16 @@ class ChatEncoder:
             at = len(text) if match is None else match.end()
         return [piece for piece in pieces if piece[0]]
 
-    def _encode(self, text: str, *, special: bool) -> tuple[list[int], list[Span]]:
+    def _encode(
+        self, text: str, spans: Sequence[Span], *, special: bool, at: int = 0
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids of a text that begins at character `at`, and whether each has a character in a span; part by part."""
         self._tokenizer.encode_special_tokens = not special
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        for part in parts((text,)) if self._can_be_cut else (text,):
+            encoding = self._tokenizer.encode(part, add_special_tokens=False)
+            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) + at
+            yield np.array(encoding.ids, dtype=np.uint32), _overlaps(offsets, spans)
+            at += len(part)
 
 
 def _reason(error: Exception) -> str:
@@ -232,29 +247,30 @@ def _before(marks: list[int], position: int) -> int:
 
 def _cut_marks(text: str) -> tuple[str, list[Span]]:
     """Takes the marks of `generation` blocks out: (text, outermost spans)."""
-    parts: list[str] = []
+    marks = [(mark.start(), mark.group()) for mark in re.finditer(f"[{OPEN}{CLOSE}]", text)]
+    # One after the other, so that a long text is held twice and not three times.
+    text = text.replace(OPEN, "")
+    text = text.replace(CLOSE, "")
     spans: list[Span] = []
-    length = depth = start = 0
-    for part in re.split(f"([{OPEN}{CLOSE}])", text):
-        if part == OPEN:
-            start = start if depth else length
+    depth = start = 0
+    for number, (at, mark) in enumerate(marks):
+        place = at - number
+        if mark == OPEN:
+            start = start if depth else place
             depth += 1
-        elif part == CLOSE:
+        else:
             depth -= 1
             if not depth:
-                spans.append((start, length))
-        else:
-            parts.append(part)
-            length += len(part)
-    return "".join(parts), spans
+                spans.append((start, place))
+    return text, spans
 
 
-def _overlaps(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """For each token whether one of its characters lies in a span; both are in order."""
-    counts: list[bool] = []
-    at = 0
-    for start, end in offsets:
-        while at < len(spans) and spans[at][1] <= start:
-            at += 1
-        counts.append(at < len(spans) and end > spans[at][0])
-    return counts
+def _overlaps(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+    """For each token (int64[tokens, 2]) whether one of its characters lies in a span (bool); both are in order."""
+    starts, ends = np.array([*spans, (_FAR, _FAR)], dtype=np.int64).T
+    return offsets[:, 1] > starts[np.searchsorted(ends, offsets[:, 0], side="right")]
+
+
+def _joined(found: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    ids, counts = zip(*found, strict=True)
+    return np.concatenate(ids), np.concatenate(counts)

@@ -52,7 +52,9 @@ class Display:
     def _panel(self, state: State) -> Group:
         bar = ProgressBar(total=max(state.total_bytes, 1), completed=state.done_bytes, width=40)
         head = Table.grid(padding=(0, 1))
-        head.add_row(state.what, bar, f"{_bytes(state.done_bytes)} of {_bytes(state.total_bytes)}", _left(state))
+        head.add_row(
+            state.what, bar, f"{shown_bytes(state.done_bytes)} of {shown_bytes(state.total_bytes)}", _left(state)
+        )
         workers = Table.grid(padding=(0, 2))
         for number, (item, work) in sorted(state.running.items())[:_MOST_WORKERS]:
             workers.add_row(f"  worker {number}", *_columns(work, self._seconds(number, item.label)), item.label)
@@ -78,7 +80,7 @@ class Display:
 
 def summary(state: State) -> str:
     """One line for a log."""
-    done = f"{_bytes(state.done_bytes)} of {_bytes(state.total_bytes)}"
+    done = f"{shown_bytes(state.done_bytes)} of {shown_bytes(state.total_bytes)}"
     workers = f"{len(state.running)} worker{'s' if len(state.running) != 1 else ''}"
     return f"{state.what}: {done}, {_amounts(state)}, {_left(state)}, {workers}"
 
@@ -88,7 +90,7 @@ def _amounts(state: State) -> str:
     if not work.text_bytes:
         return f"{work.documents:,} documents, {work.tokens:,} tokens"
     speed = f"{work.text_bytes / state.seconds / 1e6:.1f} MB/s, {work.tokens / state.seconds / 1e6:.2f} Mtokens/s"
-    return f"{work.documents:,} documents, {work.tokens:,} tokens, {_bytes(work.text_bytes)} of text, {speed}"
+    return f"{work.documents:,} documents, {work.tokens:,} tokens, {shown_bytes(work.text_bytes)} of text, {speed}"
 
 
 def _columns(work: Work, seconds: float) -> tuple[str, str, str]:
@@ -100,7 +102,8 @@ def _left(state: State) -> str:
     return "" if state.seconds_left is None else f"{_duration(state.seconds_left)} left"
 
 
-def _bytes(count: float) -> str:
+def shown_bytes(count: float) -> str:
+    """Such as "1.4 TB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -105,7 +105,7 @@ class _Conversations:
 
     def encode(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
         """The end of the document does not count: the template's own end of a turn is what stops generation."""
-        ids, counts = self._encoder.encode(document.messages or ())
-        if not ids or ids[-1] != self._eod:
-            ids, counts = [*ids, self._eod], [*counts, False]
-        return np.array(ids, dtype=np.uint32), np.array(counts, dtype=bool)
+        ids, counts = self._encoder.encode_arrays(document.messages or ())
+        if not len(ids) or ids[-1] != self._eod:
+            ids, counts = np.append(ids, np.uint32(self._eod)), np.append(counts, False)
+        return ids, counts

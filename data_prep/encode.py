@@ -1,7 +1,7 @@
 """Many texts to token ids at one time, as flat arrays."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from data_prep.long_text import LongText
+from data_prep.safe_cuts import can_be_cut, parts
 from ouro_megatron.data.tokenizer import TextTokenizer, load_tokenizer
 
 
@@ -49,6 +50,10 @@ class PlainEncoder:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
 
+    @cached_property
+    def _can_be_cut(self) -> bool:
+        return can_be_cut(self._tokenizer.to_json())
+
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         rows = self._tokenizer.encode_batch(texts)
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
@@ -56,8 +61,9 @@ class PlainEncoder:
         return Encoded(ids, lengths)
 
     def encode_long(self, text: LongText, put: Callable[[np.ndarray], object]) -> None:
-        """Holds the text: where another tokenizer may be cut without changing ids is not known."""
-        put(self.encode_batch([text.whole()]).ids)
+        """Holds the text where it is not known how the tokenizer may be cut without changing ids."""
+        for part in parts(text.pieces()) if self._can_be_cut else (text.whole(),):
+            put(self.encode_batch([part]).ids)
 
 
 def same_ids(one: Encoded, other: Encoded) -> bool:

@@ -35,5 +35,7 @@ def index_streams(recipe: DataRecipe, watcher: Watcher, *, everything: bool = Fa
                 continue
             watcher.begin(stream.path.rsplit("/", 1)[-1], stream.size)
             index = stream.make_index(watcher.reached)
-            places = f"{len(index.points):,} places to start from"
+            places = f"{len(index.points):,} places to start from" + (
+                "" if index.points else ": short, read as a whole"
+            )
             watcher.say(f"{stream.path}: {stream.size:,} bytes, {index.content:,} of content, {places}")

@@ -67,13 +67,26 @@ def prepare(
         units = list_units(recipe, saved=shard is not None)
         if shard is None:
             make_tokenizer(recipe, units, watcher, force)
+        elif recipe.tokenizer_folder.exists() and not tokenizer_is_current(recipe, units):
+            watcher.say(f"{recipe.tokenizer_folder}: trained on other files or settings, used as it is")
         jobs = _jobs(recipe, units)
         stale = jobs if force else _stale(jobs, watcher)
         _tokenise(stale, watcher, workers, shard)
-        if shard is None:
-            _merge(jobs, stale, watcher, workers)
-            _clean(recipe, jobs)
-    return [] if shard is not None else _prefixes(jobs)
+        if shard is not None:
+            if stale:
+                watcher.say(_after_share(stale, shard))
+            return []
+        _merge(jobs, stale, watcher, workers)
+        _clean(recipe, jobs)
+    return _prefixes(jobs)
+
+
+def _after_share(stale: Sequence[SourceJob], shard: tuple[int, int]) -> str:
+    """What is left to do after a share, of all that was to be made."""
+    tasks = [task for job in stale for task in job.tasks]
+    missing = sum(not task.is_done for task in tasks)
+    rest = f"{missing:,} of {len(tasks):,} shards are not there yet" if missing else "all shards are there"
+    return f"share {shard[0]} of {shard[1]} is done; {rest}" + ("" if missing else ": `ouro data merge` joins them")
 
 
 def merge_all(recipe: DataRecipe, watcher: Watcher, *, workers: int) -> list[Path]:
@@ -133,6 +146,11 @@ def _tokenizer_key(recipe: DataRecipe, units: Units) -> str:
 
 
 def _jobs(recipe: DataRecipe, units: Units) -> list[SourceJob]:
+    if isinstance(recipe.tokenizer, TrainTokenizer) and not recipe.tokenizer_folder.exists():
+        raise DataError(
+            f"{recipe.tokenizer_folder}: not trained yet. Shares of one recipe need one tokenizer: run "
+            "`ouro data tokenizer` with the recipe once, before them"
+        )
     return source_jobs(recipe, units, load_tokenizer(recipe.tokenizer_folder))
 
 

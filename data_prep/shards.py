@@ -276,16 +276,22 @@ def content_hash(document: Document) -> tuple[bytes, int]:
 
     Raises UnicodeEncodeError for text that is not Unicode.
     """
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    for block in _content(document):
+        digest.update(block)
+        size += len(block)
+    return digest.digest(), size
+
+
+def _content(document: Document) -> Iterator[bytes]:
+    """What makes a document this one, in pieces: a long turn is not held in all forms at one time."""
     if document.long_text is not None:
-        digest = hashlib.blake2b(digest_size=16)
-        for block in document.long_text.blocks():
-            digest.update(block)
-        return digest.digest(), document.long_text.size
-    if document.messages is None:
-        content = document.text.encode()
+        yield from document.long_text.blocks()
+    elif document.messages is None:
+        yield document.text.encode()
     else:
-        content = json.dumps(document.messages, sort_keys=True, ensure_ascii=False, default=str).encode()
-    return hashlib.blake2b(content, digest_size=16).digest(), len(content)
+        encoder = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
+        yield from (piece.encode() for piece in encoder.iterencode(document.messages))
 
 
 class _Read(NamedTuple):

@@ -3,6 +3,7 @@
 A row group may hold gigabytes, so none is ever read whole. Needs pyarrow (the `data` extra).
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ class Column(NamedTuple):
 
 def arrow_package() -> Any:
     """pyarrow. Raises DataError naming the extra that brings it."""
+    # Asked when it is first imported. The other pools keep what a long value took, for the rest of the process.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     try:
         import pyarrow
         import pyarrow.compute
@@ -134,9 +137,11 @@ def _row_group(
     batch_rows = max(1, min(_MOST_ROWS, _BATCH_BYTES // bytes_a_row))
     done = 0
     try:
-        for batch in table.iter_batches(batch_size=batch_rows, row_groups=[index], columns=list(names)):
+        batches = table.iter_batches(batch_size=batch_rows, row_groups=[index], columns=list(names))
+        while (batch := next(batches, None)) is not None:
             yield from _slices(path, batch, first + done, report, apart)
             done += batch.num_rows
+            del batch  # not held while the next one is unpacked
     except (pa.ArrowException, OSError) as error:
         reason = f"row group {index}: {_short(error)}; its rows {first + done} to {first + rows - 1} are lost"
         report(Fault(path, f"row {first + done}", reason))
@@ -191,13 +196,23 @@ def _one_by_one(path: str, batch: Any, first: int, report: Report, apart: Apart 
 
 
 def _value(batch: Any, name: str, index: int, apart: Apart | None) -> Any:
-    scalar = batch.column(name)[index]
-    if apart is None or name != apart.column or not scalar.is_valid:
-        return scalar.as_py()
-    content = memoryview(scalar.as_buffer())
-    if len(content) <= LONG:
-        return scalar.as_py()
+    column = batch.column(name)
+    content = _bytes_of(column, index) if apart is not None and name == apart.column else None
+    if apart is None or content is None or len(content) <= LONG:
+        return column[index].as_py()
     return long_text((bytes(content[at : at + LONG]) for at in range(0, len(content), LONG)), apart.folder)
+
+
+def _bytes_of(column: Any, index: int) -> memoryview | None:
+    """A value of a column of strings, where it lies: pyarrow's scalars are copies. None for null and other layouts."""
+    pa = arrow_package()
+    checks = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
+    wide = [check(column.type) for check in checks]
+    _, offsets, values = column.buffers() if any(wide) else (None, None, None)
+    if offsets is None or values is None or column.slice(index, 1).null_count:
+        return None
+    bounds = memoryview(offsets).cast("q" if any(wide[2:]) else "i")
+    return memoryview(values)[bounds[column.offset + index] : bounds[column.offset + index + 1]]
 
 
 # --- arrow -----------------------------------------------------------------------------------------------------------

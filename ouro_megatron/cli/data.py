@@ -51,12 +51,17 @@ def prepare(
         int | None, typer.Option(min=1, help="Array tasks at one time.", rich_help_panel=_SLURM)
     ] = None,
     cpus_per_task: Annotated[int, typer.Option(min=1, help="Processes a task.", rich_help_panel=_SLURM)] = 8,
-    memory: Annotated[str | None, typer.Option("--mem", help="Memory a task.", rich_help_panel=_SLURM)] = None,
-    time: Annotated[str | None, typer.Option(help="Time limit.", rich_help_panel=_SLURM)] = None,
+    memory: Annotated[
+        str | None, typer.Option("--mem", help="Memory a task, such as 64G.", rich_help_panel=_SLURM)
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, such as 12:00:00.", rich_help_panel=_SLURM)] = None,
     partition: Annotated[str | None, typer.Option(help="Partition.", rich_help_panel=_SLURM)] = None,
     account: Annotated[str | None, typer.Option(help="Account.", rich_help_panel=_SLURM)] = None,
     sbatch: Annotated[
-        list[str] | None, typer.Option(help="Another sbatch option; may be repeated.", rich_help_panel=_SLURM)
+        list[str] | None,
+        typer.Option(
+            help="Another sbatch option, such as --sbatch=--qos=low; may be repeated.", rich_help_panel=_SLURM
+        ),
     ] = None,
 ) -> None:
     """Turn raw text into a tokenizer and .bin/.idx pairs. Skips what is up to date, goes on after a kill.

@@ -118,10 +118,12 @@ class _Bar:
         self._task = None if progress is None else progress.add_task("", total=None)
 
     def begin(self, what: str, total: int) -> None:
+        from data_prep.display import shown_bytes
+
         if self._progress is not None and self._task is not None:
             self._progress.reset(self._task, description=what, total=total)
         else:
-            self._console.print(f"{what}: {total / 1e9:,.1f} GB to read")
+            self._console.print(f"{what}: {shown_bytes(total)} to read")
 
     def reached(self, done: int) -> None:
         if self._progress is not None and self._task is not None:

@@ -94,7 +94,13 @@ def read_index(prefix: Path) -> Index:
         with path.open("rb") as stream:
             header = stream.read(HEADER.size)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Prepare it with `ouro data prepare`.") from error
+        named = prefix.suffix in (".bin", ".idx")
+        hint = (
+            f"Name the pair without a suffix: {prefix.with_suffix('')}"
+            if named
+            else "Prepare it with `ouro data prepare`"
+        )
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {hint}.") from error
     if len(header) < HEADER.size or not header.startswith(INDEX_MAGIC):
         raise DataError(f"{path}: not an index of an indexed dataset (bad header). Prepare the data again.")
     _, version, code, sequences, boundaries = HEADER.unpack(header)

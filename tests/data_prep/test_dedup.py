@@ -1,13 +1,28 @@
 """Exact duplicates against a set, with ranges so small that many are needed."""
 
 import hashlib
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data_prep.dedup import HASH_DTYPE, duplicates_of, find_duplicates, save_sorted
+from data_prep.shards import content_hash
+from data_prep.sources.base import Document
+
+
+def test_the_hash_of_a_conversation_is_that_of_its_json() -> None:
+    """Hashes of earlier runs lie on disk; they are compared with those of today."""
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": 'a "\\\n é 😀', "n": [1, 2.5, None, True]},
+        {"content": {"b": "x", "a": set()}},
+    ]
+    content = json.dumps(turns, sort_keys=True, ensure_ascii=False, default=str).encode()
+    found = content_hash(Document("key", "", messages=turns))
+    assert found == (hashlib.blake2b(content, digest_size=16).digest(), len(content))
 
 
 def write(folder: Path, shards: list[list[int]], at_once: int) -> list[Path]:

@@ -10,8 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.fixtures.writers import write_parquet, write_saved_dataset
+from data_prep.formats import tables
 from data_prep.formats.files import local_file
+from data_prep.formats.long_json import Apart
 from data_prep.formats.rows import columns_of, read_rows, split_file
+from data_prep.long_text import LongText
 from data_prep.sources.base import Fault
 
 ROWS = [{"text": f"document {number} " * 5, "n": number} for number in range(30)]
@@ -123,3 +126,25 @@ def test_a_huge_row_group_is_never_held(tmp_path: Path) -> None:
     characters, grown = map(int, done.stdout.split())
     assert characters == 240_000_000
     assert grown < 120
+
+
+PLAIN_LAYOUTS = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+
+
+@pytest.mark.parametrize("layout", [*PLAIN_LAYOUTS, pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_long_value_is_read_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: pa.DataType, start: int
+) -> None:
+    monkeypatch.setattr(tables, "LONG", 5)
+    texts = ["a", "long enough é", None, "", "short", "the longest of them all", "x" * 6, "é" * 3]
+    column = pa.array([text if text is None or layout not in PLAIN_LAYOUTS[2:] else text.encode() for text in texts])
+    batch = pa.record_batch({"text": column.cast(layout)}).slice(start)
+    found = []
+    for row in tables._rows_of("file", batch, 0, lambda fault: pytest.fail(fault.reason), Apart("text", tmp_path)):
+        value = row.values["text"]
+        content = value.whole() if isinstance(value, LongText) else value
+        found.append(content.decode() if isinstance(content, bytes) else content)
+        long = found[-1] is not None and len(found[-1].encode()) > 5
+        assert isinstance(value, LongText) == (long and layout in PLAIN_LAYOUTS)
+    assert found == texts[start:]

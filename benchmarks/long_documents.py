@@ -1,0 +1,143 @@
+"""Peak memory of `ouro data prepare` for long documents in every form they come in: is it flat in their length?
+
+    python -m benchmarks.long_documents --tokenizer DIR [--forms parquet chat] [--millions 1 6 30]
+
+One process (`--workers 1`) and one file of two documents for each form and length, real text unless the form says
+otherwise. Prints VmHWM, the most that was resident, pages of mapped files included.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from benchmarks.tokenise_text import documents, train_tokenizer
+
+_CHILD = """
+from ouro_megatron.cli import main
+try:
+    main()
+finally:
+    with open("/proc/self/status") as status:
+        print(next(line for line in status if line.startswith("VmHWM")))
+"""
+Texts = Sequence[str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    paths = sysconfig.get_paths()
+    parser.add_argument("--text", type=Path, nargs="+", default=[Path(paths["stdlib"]), Path(paths["purelib"])])
+    parser.add_argument("--tokenizer", type=Path, help="folder; one like SmolLM2's is trained when left out")
+    parser.add_argument("--forms", nargs="+", choices=list(_FORMS), default=list(_FORMS))
+    parser.add_argument("--millions", type=float, nargs="+", default=[1, 6, 30], help="characters a document")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        work = Path(place)
+        tokenizer = given.tokenizer or train_tokenizer(work / "tokenizer", given.text)
+        for form in given.forms:
+            peaks = []
+            for millions in given.millions:
+                characters = int(millions * 1e6)
+                if form == "one word":
+                    texts = ["".join(random.Random(seed).choices("acgt", k=characters)) for seed in range(2)]
+                else:
+                    texts = list(islice(documents(given.text, 1e9, characters), 2))
+                peaks.append(_peak(form, texts, tokenizer, work / "run"))
+            growth = (peaks[-1] - peaks[0]) / (given.millions[-1] - given.millions[0])
+            print(
+                f"{form:20} {' '.join(f'{peak:6.0f}' for peak in peaks)} MB  {growth:5.2f} bytes a character",
+                flush=True,
+            )
+
+
+def _peak(form: str, texts: Texts, tokenizer: Path, work: Path) -> float:
+    """Megabytes."""
+    raw = work / "raw"
+    raw.mkdir(parents=True)
+    kind, write = _FORMS[form]
+    write(texts, raw)
+    folder = _other_tokenizer(tokenizer, work / "tokenizer", normalized=form == "slow path")
+    recipe = {
+        "output": str(work / "out"),
+        "tokenizer": {"kind": "existing", "path": str(folder)},
+        "validation_fraction": 0,
+        "sources": [{"name": "text", "kind": kind, "path": str(raw)}],
+    }
+    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    del texts
+    command = [sys.executable, "-c", _CHILD, "data", "prepare", str(work / "recipe.yaml"), "--workers", "1"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stdout + run.stderr)
+    shutil.rmtree(work)
+    return int(run.stdout.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+
+
+def _other_tokenizer(tokenizer: Path, folder: Path, *, normalized: bool) -> Path:
+    """One with the special tokens of ChatML; `normalized`: that takes the slow path."""
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    if normalized:
+        content["normalizer"] = {"type": "NFC"}
+    first = 1 + max(content["model"]["vocab"].values())
+    for number, token in enumerate(("<|im_start|>", "<|im_end|>")):
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        content["added_tokens"].append({"id": first + number, "content": token, **flags})
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    shutil.copy(tokenizer / "tokenizer_config.json", folder)
+    return folder
+
+
+def _lines(texts: Texts, raw: Path) -> None:
+    with (raw / "a.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+
+
+def _parquet(texts: Texts, raw: Path) -> None:
+    pq.write_table(pa.table({"text": texts}), raw / "a.parquet", row_group_size=1)
+
+
+def _plain_parquet(texts: Texts, raw: Path) -> None:
+    pq.write_table(
+        pa.table({"text": texts}), raw / "a.parquet", row_group_size=1, use_dictionary=False, compression="zstd"
+    )
+
+
+def _chat(texts: Texts, raw: Path) -> None:
+    """A long question with a short answer, as for a book."""
+    with (raw / "a.jsonl").open("w", encoding="utf-8") as file:
+        for text in texts:
+            turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "It is a long text."}]
+            file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+
+
+def _ascii_chat(texts: Texts, raw: Path) -> None:
+    """Where Python takes one byte a character instead of the four that an emoji asks for."""
+    _chat([text.encode("ascii", "ignore").decode() for text in texts], raw)
+
+
+_FORMS: dict[str, tuple[str, Callable[[Texts, Path], None]]] = {
+    "lines": ("jsonl", _lines),
+    "parquet": ("parquet", _parquet),
+    "parquet, plain": ("parquet", _plain_parquet),
+    "one word": ("jsonl", _lines),
+    "slow path": ("jsonl", _lines),
+    "chat": ("chat", _chat),
+    "chat, ASCII": ("chat", _ascii_chat),
+}
+
+
+if __name__ == "__main__":
+    main()
