@@ -64,7 +64,7 @@ slurm-for-tests:
 	tests/slurm/install.sh
 
 test: lint slurm-for-tests
-	CUDA_VISIBLE_DEVICES= "$(BIN)/python" -m pytest -n 2 --dist loadfile
+	CUDA_VISIBLE_DEVICES= "$(BIN)/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf .venv runs/demo data/demo .pytest_cache .mypy_cache .ruff_cache
