@@ -24,7 +24,7 @@ import yaml
 
 from benchmarks.tokenise_text import documents, train_tokenizer
 
-_CHILD = """
+MAIN_AND_PEAK = """
 from ouro_megatron.cli import main
 try:
     main()
@@ -77,7 +77,7 @@ def _peak(form: str, texts: Texts, tokenizer: Path, work: Path) -> float:
     }
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     del texts
-    command = [sys.executable, "-c", _CHILD, "data", "prepare", str(work / "recipe.yaml"), "--workers", "1"]
+    command = [sys.executable, "-c", MAIN_AND_PEAK, "data", "prepare", str(work / "recipe.yaml"), "--workers", "1"]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(run.stdout + run.stderr)

@@ -15,6 +15,7 @@ import yaml
 import zstandard
 from tokenizers import Tokenizer, normalizers
 
+from benchmarks.long_documents import MAIN_AND_PEAK
 from data_prep.formats import lines as line_files
 from data_prep.formats import long_json, tables
 from data_prep.prepare import load_data_recipe, prepare
@@ -116,16 +117,6 @@ def test_the_same_bytes_whatever_is_held(tmp_path: Path, monkeypatch: pytest.Mon
     assert found[0] == found[1]
 
 
-_CHILD = """
-from ouro_megatron.cli import main
-try:
-    main()
-finally:
-    with open("/proc/self/status") as status:
-        print(next(line for line in status if line.startswith("VmHWM")))
-"""
-
-
 def peak(folder: Path, kind: str, tokenizer: Path) -> int:
     """Bytes resident at most in a real process that prepares the files of a folder."""
     out = folder.with_suffix(".out")
@@ -137,7 +128,7 @@ def peak(folder: Path, kind: str, tokenizer: Path) -> int:
     }
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-c", _CHILD, "data", "prepare", str(file), "--workers", "1"]
+    command = [sys.executable, "-c", MAIN_AND_PEAK, "data", "prepare", str(file), "--workers", "1"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     assert json.loads((out / "one.manifest.json").read_text())["source_counts"]["read"] == 2
