@@ -1,5 +1,6 @@
 """Assembles the subcommands; expected errors end with one clear message and their own exit code."""
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -28,6 +29,7 @@ from ouro_megatron.cli.report import report
 from ouro_megatron.cli.serve import serve
 from ouro_megatron.cli.train import train
 from ouro_megatron.errors import OuroError
+from ouro_megatron.parallel.leaving import leave
 
 app = typer.Typer(
     name="ouro",
@@ -88,4 +90,9 @@ def main() -> None:
         app()
     except OuroError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
-        sys.exit(error.exit_code)
+        status: int | str | None = error.exit_code
+    except SystemExit as leaving:
+        status = leaving.code
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and (isinstance(status, int) or status is None):
+        leave(status or 0)  # one rank of several, started by srun or torchrun
+    sys.exit(status)

@@ -5,18 +5,14 @@ is neither done nor taken.
 """
 
 import argparse
-import ctypes
-import os
-import signal
 import sys
 import traceback
 import warnings
 from pathlib import Path
 
 from ouro_megatron.errors import STOPPED_EXIT_CODE, OuroError
+from ouro_megatron.parallel.leaving import die_with_parent, leave
 from ouro_megatron.training.signals import StopSignals
-
-_PR_SET_PDEATHSIG = 1
 
 
 def work(out: Path, attempt: str, names: list[str], nproc: int | None, signals: StopSignals) -> int:
@@ -64,7 +60,7 @@ def main() -> int:
     signals = StopSignals()
     signals.install()
     if options.die_with_parent:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     names = [name for name in options.cells.split(",") if name]
     try:
@@ -75,7 +71,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # gloo's threads may wait for peers that are gone
+    leave(main())

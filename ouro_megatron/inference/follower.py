@@ -1,20 +1,17 @@
 """A tensor-parallel rank other than 0: `python -m ouro_megatron.inference.follower OPTIONS`, started by rank 0."""
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+from ouro_megatron.parallel.leaving import die_with_parent, leave
 
 
 def main() -> int:
     """Returns the exit code; the last line printed says what went wrong."""
-    # The kernel ends this process when rank 0 is gone, however it went.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from ouro_megatron.errors import OuroError
     from ouro_megatron.inference.load import from_mapping, open_model
@@ -38,5 +35,4 @@ if __name__ == "__main__":
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         status = 1
-    # Gloo's threads may wait for a peer that is gone.
-    os._exit(status)
+    leave(status)

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from ouro_megatron.model.documents import causal_runs
 from ouro_megatron.parallel.sequence_slices import own_positions, places_in_gathered, slice_numbers
@@ -48,6 +47,9 @@ class Sight:
         if queries in (1, keys):
             return None
         if like.is_cuda:  # the shape is all that its kernels need
+            # Its module imports torch's compiler, which takes a second or two.
+            from torch.nn.attention.bias import causal_lower_right
+
             return causal_lower_right(queries, keys)
         if not self.masks:
             rows, columns = min(BLOCK, max(self.queries)), max(self.keys)

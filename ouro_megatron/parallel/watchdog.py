@@ -157,7 +157,9 @@ class Watchdog:
     def _talk(self) -> None:
         connected = False
         try:
-            while not self._ended and (not connected or self._host_listens()):
+            while not self._ended and (
+                not connected or listens(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            ):
                 try:
                     store = self._connect()
                     connected = True
@@ -177,14 +179,6 @@ class Watchdog:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         patience = timedelta(seconds=max(5.0, self.pace.timeout))
         return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
-
-    def _host_listens(self) -> bool:
-        """Whether a broken connection is worth a new one: a process that is gone no longer listens."""
-        try:
-            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=3.0).close()
-        except OSError:
-            return False
-        return True
 
     def _converse(self, store: dist.TCPStore) -> None:
         while not self._ended:
@@ -296,6 +290,22 @@ class Watchdog:
             self._say(error)
         self.last_words(str(error or AnotherRankFailed()))
         os._exit(TrainingError.exit_code)
+
+
+def listens(address: str, port: int) -> bool:
+    """Whether a process listens there and stays: what is just being ended may lose its connections before its port."""
+    try:
+        probe = socket.create_connection((address, port), timeout=3.0)
+    except OSError:
+        return False
+    with probe:
+        probe.settimeout(1.0)
+        try:
+            return probe.recv(1) != b""
+        except TimeoutError:  # nothing was asked, so nothing is said; the connection stands
+            return True
+        except OSError:
+            return False
 
 
 def _neighbours(context: ParallelContext) -> dict[str, int]:

@@ -3,18 +3,15 @@
 Nothing heavy is imported before the stop signals are in place: a TERM during start-up must not be lost.
 """
 
-import ctypes
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
 
 from ouro_megatron.errors import STOPPED_EXIT_CODE, OuroError, TrainingError
+from ouro_megatron.parallel.leaving import die_with_parent, leave
 from ouro_megatron.training.failure import FAILURE_FOLDER, report
 from ouro_megatron.training.signals import StopSignals
-
-_PR_SET_PDEATHSIG = 1
 
 
 def adopt_slurm_environment() -> None:
@@ -32,11 +29,6 @@ def adopt_slurm_environment() -> None:
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
 
 
-def _die_with_parent() -> None:
-    """The kernel ends this process when the launcher is gone, however it went."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def run_worker(recipe_file: Path, signals: StopSignals | None = None) -> int:
     """Trains the stage in `recipe_file` as the rank the environment names; returns the exit code.
 
@@ -46,7 +38,7 @@ def run_worker(recipe_file: Path, signals: StopSignals | None = None) -> int:
         signals = StopSignals()
         signals.install()
     if FAILURE_FOLDER in os.environ:
-        _die_with_parent()
+        die_with_parent()
     try:
         adopt_slurm_environment()
         # Megatron-Core warns once per absent optional package and rank; torch about calls that Megatron makes.
@@ -65,8 +57,4 @@ def run_worker(recipe_file: Path, signals: StopSignals | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = run_worker(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Gloo's threads wait for peers that may be gone; nothing of ours is left to do.
-    os._exit(status)
+    leave(run_worker(Path(sys.argv[1])))

@@ -1,5 +1,6 @@
 """What the watchdog sees of a thread, and whom it finds at fault."""
 
+import socket
 import threading
 from collections.abc import Callable
 
@@ -7,7 +8,7 @@ import pytest
 
 from ouro_megatron.parallel.position import Position
 from ouro_megatron.parallel.verdict import Beat, gone, host_gone, is_consequence, verdict
-from ouro_megatron.parallel.watchdog import Pace
+from ouro_megatron.parallel.watchdog import Pace, listens
 from ouro_megatron.parallel.whereabouts import Place, place_of
 from tests.distributed.ranks import run_ranks
 
@@ -159,3 +160,15 @@ def test_places() -> None:
     )
     assert receive.startswith("recv of 2 float32 from rank 1 over ranks 0, 1, called by receive (") and two
     assert think.startswith("think (test_watchdog.py:") and not three
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_port_that_is_about_to_close_does_not_listen(stays: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # nobody accepts: the kernel connects all the same
+        port = server.getsockname()[1]
+        closing = threading.Timer(0.2, server.close)
+        if not stays:
+            closing.start()
+        assert listens("127.0.0.1", port) == stays
+    closing.cancel()
+    assert not listens("127.0.0.1", port)

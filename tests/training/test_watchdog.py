@@ -84,7 +84,7 @@ def test_a_killed_task_of_srun_is_one_message(tmp_path: Path) -> None:
         wait_for_steps(tmp_path, "killed", first)
         psutil.Process(second.pid).kill()
         said, _ = first.communicate(timeout=60)
-    assert first.returncode == 5
+    assert first.returncode == 5, said
     assert said.count("error:") == 1 and "failure" not in said and "Exception raised from" not in said, said
     assert "rank 1 (tensor 0, pipeline 1, data 0) is gone: killed, or its node failed" in said
     assert "last seen in stage killed, step" in said
@@ -99,7 +99,7 @@ def test_the_killed_host_of_the_store_is_one_message(tmp_path: Path) -> None:
         wait_for_steps(tmp_path, "killed-host", first)
         psutil.Process(first.pid).kill()
         said, _ = second.communicate(timeout=60)
-    assert second.returncode == 5
+    assert second.returncode == 5, said
     assert said.count("error:") == 1 and "Exception raised from" not in said, said
     assert "rank 0 (tensor 0, pipeline 0, data 0) is gone" in said and "stage killed-host, step" in said
 
