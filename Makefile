@@ -19,8 +19,8 @@ help:
 
 setup: .venv/ready
 
-# Installed anew whenever the dependencies or the C extension change.
-.venv/ready: pyproject.toml data_prep/_byte_level.c
+# Installed anew whenever the dependencies or the C extensions change.
+.venv/ready: pyproject.toml $(wildcard data_prep/*.c)
 	$(PYTHON) -m venv .venv
 	"$(BIN)/python" -m pip install --quiet --progress-bar on -e ".[cpu,dev,all]"
 	touch .venv/ready

@@ -44,6 +44,13 @@ class Spilled:
         while block := self._file.read(_BLOCK):
             yield block
 
+    def part(self, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes `start` to `stop` in pieces."""
+        self._file.seek(start)
+        while start < stop and (block := self._file.read(min(_BLOCK, stop - start))):
+            start += len(block)
+            yield block
+
     @contextmanager
     def mapped(self) -> Iterator[Mapped]:
         """Raises ValueError for a file without bytes."""

@@ -5,6 +5,7 @@ wraps functions in `torch.compile` while it is imported, and that imports the wh
 a function is called. It also imports wandb for an inference engine that this project does not use.
 """
 
+import atexit
 import functools
 import gc
 import importlib.util
@@ -70,6 +71,7 @@ def _uncollected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.freeze()
+            atexit.register(gc.unfreeze)  # or extension modules complain at the end that their objects stay
             gc.enable()
 
 

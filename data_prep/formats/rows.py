@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import gettempdir
 
-from data_prep.formats import tables
+from data_prep.formats.arrow import arrow_columns, read_arrow, split_arrow
 from data_prep.formats.compression import bare_name, codec_of
 from data_prep.formats.files import File, Options, find_files
 from data_prep.formats.gzip_parts import GzipParts
 from data_prep.formats.lines import fields_of, read_lines, row_of, split_lines_file
 from data_prep.formats.long_json import Apart, kept_while_used
+from data_prep.formats.parquet import parquet_columns, read_parquet, split_parquet
 from data_prep.formats.tables import Column, Row
 from data_prep.sources.base import Fault, Report, Unit
 
@@ -34,9 +35,9 @@ def split_file(file: File, target_bytes: int, options: Options) -> list[Unit]:
     """Units of about `target_bytes` where the format can be entered in the middle, else the file."""
     kind = format_of(file.path)
     if kind == "parquet":
-        return tables.split_parquet(file, target_bytes, options)
+        return split_parquet(file, target_bytes, options)
     if kind == "arrow":
-        return tables.split_arrow(file, target_bytes, options)
+        return split_arrow(file, target_bytes, options)
     if codec_of(file.path) == "gzip":
         return GzipParts(file.path, (file,), options).units(target_bytes, file.stamp)
     return split_lines_file(file, target_bytes, options)
@@ -49,9 +50,9 @@ def columns_of(file: File, options: Options) -> list[Column] | None:
     """
     kind = format_of(file.path)
     if kind == "parquet":
-        return tables.parquet_columns(file, options)
+        return parquet_columns(file, options)
     if kind == "arrow":
-        return tables.arrow_columns(file, options)
+        return arrow_columns(file, options)
     return _first_fields(file, options)
 
 
@@ -82,9 +83,9 @@ def read_rows(
     """
     kind = format_of(unit.path)
     if kind == "parquet":
-        yield from tables.read_parquet(unit, wanted, report, options, apart)
+        yield from read_parquet(unit, wanted, report, options, apart)
     elif kind == "arrow":
-        yield from tables.read_arrow(unit, wanted, report, options, apart)
+        yield from read_arrow(unit, wanted, report, options, apart)
     else:
         yield from _json_rows(unit, report, options, apart)
 

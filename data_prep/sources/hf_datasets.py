@@ -1,17 +1,20 @@
 """Any dataset that the `datasets` library opens: on the Hub by its id, a local folder, or one saved to disk."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.formats.tables import rows_in
 from data_prep.sources.base import Document, Fault, Report, Unit
 from data_prep.sources.chat_rows import key_of, list_of, messages_of, pair_of
 from data_prep.sources.tabular import TextTable, is_taken
 from ouro_megatron.errors import DataError
 
 _ROWS = 1000
-"""Rows taken from a dataset on disk at one time."""
+"""Rows taken at one time from a dataset on disk, where their text stays."""
+_STREAMED_ROWS = 100
 
 
 class HuggingFaceDataset(TextTable):
@@ -92,36 +95,40 @@ class HuggingFaceDataset(TextTable):
 
     def read(self, unit: Unit, report: Report) -> Iterator[Document]:
         keys = (self.key,) if self.key is not None else ("url", "id")
+        place = "" if self._saved() else f"shard {unit.start}, "
+
+        def report_here(fault: Fault) -> None:
+            report(replace(fault, where=place + fault.where))
+
         number = unit.start if self._saved() else 0
         try:
-            for row in self._rows(unit):
-                where = f"row {number}" if self._saved() else f"shard {unit.start}, row {number}"
-                number += 1
-                if not self.is_kept(row):
-                    continue
-                try:
-                    document = self._conversation(row) if self.chat else self.document(dict(row), keys)
-                except (ValueError, RecursionError) as error:
-                    report(Fault(unit.path, where, str(error)))
-                    continue
-                if is_taken(document, self.take):
-                    yield document
+            for table in self._tables(unit):
+                for batch in table.to_batches():
+                    for where, row in rows_in(unit.path, batch, number, report_here, self.apart()):
+                        if not self.is_kept(row):
+                            continue
+                        try:
+                            document = self._conversation(row) if self.chat else self.document(row, keys)
+                        except (ValueError, RecursionError) as error:
+                            report_here(Fault(unit.path, where, str(error)))
+                            continue
+                        if is_taken(document, self.take):
+                            yield document
+                    number += batch.num_rows
         except DataError:
             raise
         except Exception as error:  # what a broken file raises depends on the builder that reads it
-            reason = f"{type(error).__name__}: {error}"
-            report(Fault(unit.path, f"shard {unit.start}, row {number}", reason, ends_unit=True))
+            report_here(Fault(unit.path, f"row {number}", f"{type(error).__name__}: {error}", ends_unit=True))
 
-    def _rows(self, unit: Unit) -> Iterator[dict[str, Any]]:
-        dataset = self._open()
+    def _tables(self, unit: Unit) -> Iterator[Any]:
+        """pyarrow's tables, one after the other."""
+        dataset = self._open().with_format("arrow")
         if not self._saved():
-            yield from dataset.shard(num_shards=dataset.num_shards, index=unit.start)
+            yield from dataset.shard(num_shards=dataset.num_shards, index=unit.start).iter(batch_size=_STREAMED_ROWS)
             return
         stop = len(dataset) if unit.stop is None else unit.stop
         for start in range(unit.start, stop, _ROWS):
-            batch = dataset[start : min(start + _ROWS, stop)]
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
+            yield dataset[start : min(start + _ROWS, stop)]
 
     @staticmethod
     def _conversation(row: dict[str, Any]) -> Document:

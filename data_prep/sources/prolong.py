@@ -10,6 +10,7 @@ import numpy as np
 
 from data_prep.formats.files import File, find_files
 from data_prep.formats.mds import Shard, read_index, read_mds
+from data_prep.long_text import LONG, Spilled, long_text
 from data_prep.sources.base import Document, Fault, Report, Unit
 from data_prep.sources.llama_bytes import BEGIN, END, END_OF_TURN, joined, llama_table
 from data_prep.sources.tabular import FileSource, is_taken
@@ -93,7 +94,7 @@ class ProLong(FileSource):
     def read(self, unit: Unit, report: Report) -> Iterator[Document]:
         folder, _, name = unit.path.rpartition("/")
         shards = read_index(f"{folder}/index.json", self.storage_options)
-        reader = _Reader(llama_table(self.tokenizer), report)
+        reader = _Reader(llama_table(self.tokenizer), report, self._scratch)
         if name == "index.json":
             present = self._present(shards)
             chosen = [(shard, 0, shard.samples) for shard in shards if shard.path in present]
@@ -155,8 +156,12 @@ class _Piece:
 class _Reader:
     table: Sequence[bytes]
     report: Report
+    scratch: Path | None = None
+    """Takes a joined document that is too long for memory."""
     open: list[_Piece] = field(default_factory=list)
     """Pieces of a document whose end has not come yet."""
+    long: Spilled | None = None
+    """Bytes of the pieces before those, when they are many."""
     at: tuple[str, str, str] = ("", "", "")
     """File, place and domain of the first open piece."""
 
@@ -192,16 +197,35 @@ class _Reader:
 
     def documents(self, pieces: Sequence[_Piece], path: str, row: int, domain: str, join: bool) -> Iterator[Document]:
         for index, piece in enumerate(pieces):
-            continues = join and index == 0 and bool(self.open) and not piece.begins
+            continues = join and index == 0 and (bool(self.open) or self.long is not None) and not piece.begins
             if not continues:
                 yield from self.flush()
                 self.at = (path, f"row {row}", domain)
             self.open.append(piece)
+            if join:
+                self._spill()
             if piece.ends or not join or index < len(pieces) - 1:
                 yield from self.flush()
 
+    def _spill(self) -> None:
+        """Open pieces go to a file when they are long together. A loss mask, which only short chats have, stays."""
+        size = sum(len(piece.data) for piece in self.open)
+        if self.scratch is None or size <= LONG or any(piece.learned is not None for piece in self.open):
+            return
+        self.long = self.long or Spilled(self.scratch)
+        for piece in self.open:
+            self.long.write(piece.data)
+        self.open = []
+
     def flush(self) -> Iterator[Document]:
         """The open document."""
+        long, self.long = self.long, None
+        if long is not None and self.scratch is not None:
+            for piece in self.open:
+                long.write(piece.data)
+            self.open = []
+            yield from self._long_document(long, self.scratch)
+            return
         pieces, self.open = self.open, []
         if not pieces:
             return
@@ -215,6 +239,22 @@ class _Reader:
             return
         if text:
             yield Document(text, text, _spans(pieces, data, first, last), {"domain": domain})
+
+    def _long_document(self, long: Spilled, scratch: Path) -> Iterator[Document]:
+        path, where, domain = self.at
+        head, tail = b"".join(long.part(0, 8)), b"".join(long.part(long.size - 8, long.size))
+        first, last = _whole_characters(head)[0], long.size - 8 + _whole_characters(tail)[1]
+        try:
+            text = long_text(long.part(first, last), scratch)
+        except UnicodeDecodeError as error:
+            self.report(Fault(path, where, f"its ids do not give UTF-8 text: {error.reason} at byte {error.start}"))
+            return
+        finally:
+            long.close()
+        try:
+            yield Document("", "", fields={"domain": domain}, long_text=text)
+        finally:
+            text.close()
 
 
 def _whole_characters(data: bytes) -> tuple[int, int]:

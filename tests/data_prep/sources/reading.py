@@ -1,6 +1,7 @@
 """Reads a source as the pipeline does, without it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -22,3 +23,14 @@ def read_all(settings: Mapping[str, Any], target_bytes: int = 1 << 26) -> tuple[
     for unit in source_of(settings).units(target_bytes):
         documents.extend(source_of(settings).read(unit, faults.append))
     return documents, faults
+
+
+def read_apart(settings: Mapping[str, Any], scratch: Path) -> tuple[list[tuple[str, bool]], list[Fault]]:
+    """Texts, and whether each was kept in a file, of a source that keeps long ones in a folder."""
+    faults: list[Fault] = []
+    found: list[tuple[str, bool]] = []
+    for unit in source_of(settings).units(1 << 26):
+        for document in source_of(settings).with_scratch(scratch).read(unit, faults.append):
+            long = document.long_text
+            found.append((document.text if long is None else long.whole(), long is not None))
+    return found, faults

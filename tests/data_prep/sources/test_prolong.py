@@ -10,9 +10,10 @@ import pytest
 from data_prep.fixtures.llama import byte_ids, pack, write_llama_tokenizer, write_packs
 from data_prep.fixtures.texts import chinese, english
 from data_prep.fixtures.writers import write_mds
+from data_prep.sources import prolong
 from data_prep.sources.llama_bytes import BEGIN, END, END_OF_TURN
 from ouro_megatron.errors import DataError
-from tests.data_prep.sources.reading import read_all, source_of
+from tests.data_prep.sources.reading import read_all, read_apart, source_of
 
 TEXTS = [f"{number}{chinese(number, 50)}🙂{english(number, 9)}" for number in range(9)]
 LENGTH = 256
@@ -44,6 +45,24 @@ def test_joined_documents_are_whole(tmp_path: Path, tokenizer: Path) -> None:
     assert not faults
     assert [document.text for document in documents] == whole_texts()
     assert {document.fields["domain"] for document in documents} == {"book"}
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3])
+def test_long_joined_documents_are_not_held(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    """`cut`: which byte of a character the corpus begins with, and how many packs are missing at its end."""
+    monkeypatch.setattr(prolong, "LONG", LENGTH)
+    texts = [text * (1 + 3 * ((number + 1) % 3)) for number, text in enumerate(TEXTS)]
+    texts.append("🙂" * 200)
+    rows = pack(texts, LENGTH)
+    rows[0]["input_ids"][0] = byte_ids("🙂")[cut] if cut else BEGIN  # type: ignore[index]
+    write_packs(tmp_path / "book" / "proc00-64", rows[: len(rows) - cut], rows_a_shard=3)
+    held, no_faults = read_all(settings(tmp_path, tokenizer, join=True))
+    apart, faults = read_apart(settings(tmp_path, tokenizer, join=True), tmp_path)
+    assert [text for text, _ in apart] == [document.text for document in held] and faults == no_faults
+    assert {long for text, long in apart if len(text.encode()) > 2 * LENGTH} == {True}
+    assert any(not long for _, long in apart)
 
 
 @pytest.mark.parametrize("begin", [False, True])

@@ -7,14 +7,16 @@ from typing import Any, ClassVar
 
 import datasets
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from data_prep.fixtures import make_fixture
-from data_prep.formats import files
+from data_prep.formats import files, tables
 from data_prep.formats.files import open_file
 from ouro_megatron.errors import DataError
-from tests.data_prep.sources.reading import read_all, source_of
+from tests.data_prep.sources.reading import read_all, read_apart, source_of
 
 
 @pytest.fixture
@@ -122,6 +124,29 @@ def test_saved_datasets_are_split_by_rows(tmp_path: Path) -> None:
     )
     both.save_to_disk(str(tmp_path / "two"))
     assert len(read_all({**settings, "path": str(tmp_path / "two"), "split": "test"})[0]) == 3
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_long_texts_of_datasets_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool) -> None:
+    monkeypatch.setattr(tables, "LONG", 100)
+    rows = [{"text": f"document {number} " * (1 + 20 * (number % 2)), "n": number} for number in range(250)]
+    whole = datasets.Dataset.from_list(rows)
+    if saved:
+        whole.save_to_disk(str(tmp_path / "one"))
+    else:
+        (tmp_path / "one").mkdir()
+        whole.to_parquet(tmp_path / "one" / "a.parquet")
+    settings = {"kind": "datasets", "path": str(tmp_path / "one"), "where": {"n": list(range(240))}}
+    found, faults = read_apart(settings, tmp_path)
+    assert found == [(row["text"], row["n"] % 2 == 1) for row in rows[:240]] and not faults  # type: ignore[operator]
+
+
+def test_a_text_that_is_no_utf8_in_a_dataset(tmp_path: Path) -> None:
+    values = pa.array([b"good", b"\xff", b"fine"]).view(pa.string())
+    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+    documents, faults = read_all({"kind": "datasets", "path": str(tmp_path)})
+    assert [document.text for document in documents] == ["good", "fine"]
+    assert [fault.where for fault in faults] == ["shard 0, row 1"] and "0xff" in faults[0].reason
 
 
 def test_datasets_streams_and_conversations(tmp_path: Path) -> None:
