@@ -14,15 +14,18 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
 from benchmarks.tokenise_text import documents, train_tokenizer
+from data_prep.fixtures.llama import pack, write_llama_tokenizer, write_packs
 
 MAIN_AND_PEAK = """
 from ouro_megatron.cli import main
@@ -33,6 +36,7 @@ finally:
         print(next(line for line in status if line.startswith("VmHWM")))
 """
 Texts = Sequence[str]
+Settings = Mapping[str, Any]
 
 
 def main() -> None:
@@ -66,14 +70,13 @@ def _peak(form: str, texts: Texts, tokenizer: Path, work: Path) -> float:
     """Megabytes."""
     raw = work / "raw"
     raw.mkdir(parents=True)
-    kind, write = _FORMS[form]
-    write(texts, raw)
+    source = _FORMS[form](texts, raw)
     folder = _other_tokenizer(tokenizer, work / "tokenizer", normalized=form == "slow path")
     recipe = {
         "output": str(work / "out"),
         "tokenizer": {"kind": "existing", "path": str(folder)},
         "validation_fraction": 0,
-        "sources": [{"name": "text", "kind": kind, "path": str(raw)}],
+        "sources": [{"name": "text", "path": str(raw), **source}],
     }
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     del texts
@@ -100,42 +103,61 @@ def _other_tokenizer(tokenizer: Path, folder: Path, *, normalized: bool) -> Path
     return folder
 
 
-def _lines(texts: Texts, raw: Path) -> None:
+# Each writes texts into a folder and returns what a recipe says of such a source.
+
+
+def _lines(texts: Texts, raw: Path) -> Settings:
     with (raw / "a.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    return {"kind": "jsonl"}
 
 
-def _parquet(texts: Texts, raw: Path) -> None:
+def _parquet(texts: Texts, raw: Path) -> Settings:
     pq.write_table(pa.table({"text": texts}), raw / "a.parquet", row_group_size=1)
+    return {"kind": "parquet"}
 
 
-def _plain_parquet(texts: Texts, raw: Path) -> None:
+def _plain_parquet(texts: Texts, raw: Path) -> Settings:
     pq.write_table(
         pa.table({"text": texts}), raw / "a.parquet", row_group_size=1, use_dictionary=False, compression="zstd"
     )
+    return {"kind": "parquet"}
 
 
-def _chat(texts: Texts, raw: Path) -> None:
+def _saved(texts: Texts, raw: Path) -> Settings:
+    datasets.Dataset.from_dict({"text": list(texts)}).save_to_disk(raw)
+    return {"kind": "datasets"}
+
+
+def _prolong(texts: Texts, raw: Path) -> Settings:
+    write_packs(raw / "book" / "proc00-64", pack(list(texts), 65_536), rows_a_shard=64)
+    return {"kind": "prolong", "tokenizer": str(write_llama_tokenizer(raw.parent / "llama")), "join": True}
+
+
+def _chat(texts: Texts, raw: Path) -> Settings:
     """A long question with a short answer, as for a book."""
     with (raw / "a.jsonl").open("w", encoding="utf-8") as file:
         for text in texts:
             turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "It is a long text."}]
             file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+    return {"kind": "chat"}
 
 
-def _ascii_chat(texts: Texts, raw: Path) -> None:
+def _ascii_chat(texts: Texts, raw: Path) -> Settings:
     """Where Python takes one byte a character instead of the four that an emoji asks for."""
-    _chat([text.encode("ascii", "ignore").decode() for text in texts], raw)
+    return _chat([text.encode("ascii", "ignore").decode() for text in texts], raw)
 
 
-_FORMS: dict[str, tuple[str, Callable[[Texts, Path], None]]] = {
-    "lines": ("jsonl", _lines),
-    "parquet": ("parquet", _parquet),
-    "parquet, plain": ("parquet", _plain_parquet),
-    "one word": ("jsonl", _lines),
-    "slow path": ("jsonl", _lines),
-    "chat": ("chat", _chat),
-    "chat, ASCII": ("chat", _ascii_chat),
+_FORMS: dict[str, Callable[[Texts, Path], Settings]] = {
+    "lines": _lines,
+    "parquet": _parquet,
+    "parquet, plain": _plain_parquet,
+    "saved dataset": _saved,
+    "ProLong, joined": _prolong,
+    "one word": _lines,
+    "slow path": _lines,
+    "chat": _chat,
+    "chat, ASCII": _ascii_chat,
 }
 
 
