@@ -11,7 +11,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from data_prep.fixtures import make_fixture
-from data_prep.formats import files
+from data_prep.formats import remote
 from data_prep.formats.files import open_file
 from ouro_megatron.errors import DataError
 from tests.data_prep.sources.reading import read_all, source_of
@@ -32,14 +32,14 @@ def test_a_corpus_behind_a_url(kind: str, tmp_path: Path, memory: MemoryFileSyst
     made = make_fixture(kind, tmp_path)
     root = str(made.settings["path"])
     memory.put(root, "/bucket/corpus", recursive=True)
-    remote = {**made.settings, "path": "memory://bucket/corpus"}
-    remote.pop("manifest", None)
+    settings = {**made.settings, "path": "memory://bucket/corpus"}
+    settings.pop("manifest", None)
     for target in (1 << 26, 300):
-        documents, faults = read_all(remote, target)
+        documents, faults = read_all(settings, target)
         local, _ = read_all(made.settings, target)
         assert not faults
         assert [(d.text, d.messages) for d in documents] == [(d.text, d.messages) for d in local]
-    assert all(unit.stamp and unit.path.startswith("memory://") for unit in source_of(remote).units(300))
+    assert all(unit.stamp and unit.path.startswith("memory://") for unit in source_of(settings).units(300))
 
 
 def test_file_urls_need_no_fsspec(tmp_path: Path) -> None:
@@ -85,7 +85,8 @@ class FlakySystem(MemoryFileSystem):
 @pytest.fixture
 def flaky(monkeypatch: pytest.MonkeyPatch) -> FlakySystem:
     fsspec.register_implementation("flaky", FlakySystem, clobber=True)
-    monkeypatch.setattr(files, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(remote, "_PATIENCE", 0.03)
     monkeypatch.setattr(FlakySystem, "broken", False)
     return FlakySystem()
 
