@@ -58,7 +58,7 @@ def explain(path: str, error: Exception) -> str:
     scheme = _scheme(path)
     found = None
     if scheme == "hf":
-        found = _explain_hub(path, names, status)
+        found = _explain_hub(path, error, names, status)
     elif scheme in ("s3", "s3a"):
         found = _explain_s3(error, names, status)
     if found is None and isinstance(error, FileNotFoundError):
@@ -90,17 +90,18 @@ def _explain_s3(error: Exception, names: set[str], status: int | None) -> str | 
     return None
 
 
-def _explain_hub(path: str, names: set[str], status: int | None) -> str | None:
+def _explain_hub(path: str, error: Exception, names: set[str], status: int | None) -> str | None:
     match = _HUB_REPOSITORY.search(path)
     repository = match[1] if match else path
-    if "GatedRepoError" in names:
+    by_library = "DatasetNotFoundError" in names  # of `datasets`, which drops what led to it
+    if "GatedRepoError" in names or (by_library and "gated dataset" in str(error)):
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         return f"gated: accept its terms at {endpoint}/{repository} with your account, then {_HUB_LOGIN}"
     if "DisabledRepoError" in names:
         return f"{repository} is disabled on the Hub"
     if "RevisionNotFoundError" in names:
         return f"{repository} has no such revision; write it as hf://datasets/OWNER/NAME@REVISION/..."
-    if "RepositoryNotFoundError" in names:
+    if "RepositoryNotFoundError" in names or by_library:
         hint = "" if repository.startswith("datasets/") else "; datasets are written hf://datasets/OWNER/NAME/..."
         return f"the Hub has no {repository}, or it is private: {_HUB_LOGIN}{hint}"
     if status in (401, 403):
