@@ -186,8 +186,7 @@ def again(action: Callable[[], Any], path: str, what: str, patience: float | Non
             if is_lasting(error):
                 raise DataError(f"{path}: {explain(path, error)}{endpoint_note(path)}") from error
             if time.monotonic() - begun + wait > (_PATIENCE if patience is None else patience):
-                raise DataError(
-                    f"{path}: {what}, tried {tries} times: {describe(error)}{endpoint_note(path)}"
-                ) from error
+                tried = "once" if tries == 1 else f"{tries} times"
+                raise DataError(f"{path}: {what}, tried {tried}: {describe(error)}{endpoint_note(path)}") from error
         time.sleep(wait)
         wait = min(2 * wait, _LONGEST_WAIT)

@@ -99,6 +99,16 @@ def test_reading_goes_on_where_it_failed(flaky: FlakySystem) -> None:
     assert not faults and FlakyFile.reads > 2
 
 
+def test_a_file_that_is_another_one_after_a_failure(flaky: FlakySystem) -> None:
+    flaky.pipe("/corpus/a.bin", b"a" * (3 << 20))
+    FlakyFile.reads = 0
+    with open_file("flaky://corpus/a.bin", {}) as stream:
+        assert stream.read(10) == b"a" * 10
+        flaky.pipe("/corpus/a.bin", b"b" * (3 << 20))
+        with pytest.raises(DataError, match=r"a\.bin: was written again while it was being read"):
+            stream.read()
+
+
 def test_a_lasting_failure_is_no_fault_of_the_file(flaky: FlakySystem) -> None:
     flaky.pipe("/corpus/a.jsonl", b'{"text": "x"}\n')
     source = source_of({"kind": "jsonl", "path": "flaky://corpus"})
