@@ -61,7 +61,7 @@ def make_corpora(root: Path) -> Corpora:
 
 
 def _write_recipe(output: Path, sources: list[dict[str, Any]], tokenizer: dict[str, Any], **more: Any) -> Path:
-    values = {"output": str(output), "tokenizer": tokenizer, "validation_fraction": 0.25, "shard_bytes": 1000}
+    values = {"output": str(output), "tokenizer": tokenizer, "validation_fraction": 0.25, "shard_bytes": 2000}
     file = output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump({**values, "sources": sources, **more}))
     return file
