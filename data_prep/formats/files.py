@@ -1,24 +1,19 @@
-"""Files by path or fsspec URL: found in an order that never changes, opened for reading, read again after a hiccup."""
+"""Files by path or fsspec URL: found in an order that never changes, opened for reading."""
 
 import io
 import os
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
+from data_prep.formats.remote import Options, RemoteFile, list_remote
 from data_prep.sources.base import Unit
 from ouro_megatron.errors import DataError
 
-_TRIES = 5
-_FIRST_WAIT = 1.0
-"""Seconds before the second try; doubled for each further one."""
 _REMOTE_BUFFER = 1 << 20
-
-Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,18 +43,6 @@ def is_url(path: str) -> bool:
 def local(path: str) -> str:
     """`path` without file://, which needs no fsspec."""
     return path.removeprefix("file://") if path.startswith("file:///") else path
-
-
-def filesystem(path: str, options: Options) -> Any:
-    """The fsspec filesystem of a URL. Raises DataError naming the package that is missing."""
-    try:
-        import fsspec
-    except ImportError as error:
-        raise DataError(f'{path}: URLs need fsspec; install it with: pip install "ouro-megatron[data]"') from error
-    try:
-        return fsspec.core.url_to_fs(path, **options)[0]
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def find_files(source: str, path: str, pattern: str, options: Options) -> list[File]:
@@ -149,25 +132,7 @@ def local_file(file: Path) -> File:
 
 
 def _remote_files(path: str, matches: Callable[[str], bool], options: Options) -> list[File]:
-    system = filesystem(path, options)
-    root = system._strip_protocol(path)
-    try:
-        infos = _again(lambda: system.find(root, detail=True), path, "cannot be listed")
-    except FileNotFoundError:
-        return []
-    found = []
-    for name, info in infos.items():
-        relative = name[len(root) :].lstrip("/") if name.startswith(root) else name
-        if not relative or matches(relative):
-            found.append(File(system.unstrip_protocol(name), int(info["size"] or 0), _remote_stamp(info)))
-    return sorted(found, key=lambda file: file.path)
-
-
-def _remote_stamp(info: Mapping[str, Any]) -> str:
-    for name in ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "last_modified", "mtime", "created"):
-        if info.get(name):
-            return f"{info['size']}-{info[name]}"
-    return str(info["size"])
+    return sorted((File(*listed) for listed in list_remote(path, matches, options)), key=lambda file: file.path)
 
 
 def open_file(path: str, options: Options) -> BinaryIO:
@@ -176,77 +141,11 @@ def open_file(path: str, options: Options) -> BinaryIO:
     Raises DataError when the file cannot be opened.
     """
     if is_url(path):
-        return cast("BinaryIO", io.BufferedReader(_Persistent(path, options), _REMOTE_BUFFER))
+        return cast("BinaryIO", io.BufferedReader(RemoteFile(path, options), _REMOTE_BUFFER))
     try:
         return Path(path).open("rb")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-class _Persistent(io.RawIOBase):
-    """A remote file that is opened anew, at the same place, when reading from it fails."""
-
-    def __init__(self, path: str, options: Options) -> None:
-        self._path = path
-        self._system = filesystem(path, options)
-        self._at = 0
-        self._file: Any = None
-        try:
-            self._size = int(_again(lambda: self._system.info(path), path, "cannot be found")["size"])
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: is not there any more") from error
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        data = _again(lambda: self._read(len(buffer)), self._path, f"cannot be read at byte {self._at}")
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def _read(self, count: int) -> bytes:
-        try:
-            if self._file is None:
-                self._file = self._system.open(self._path, "rb")
-            if self._file.tell() != self._at:
-                self._file.seek(self._at)
-            return self._file.read(count)
-        except Exception:
-            self._file = None
-            raise
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        super().close()
-
-
-def _again(action: Callable[[], Any], path: str, what: str) -> Any:
-    """The result of `action`, tried several times: networks fail for seconds, and a run must outlive that."""
-    wait = _FIRST_WAIT
-    for attempt in range(_TRIES):
-        try:
-            return action()
-        except (FileNotFoundError, PermissionError):
-            raise
-        except Exception as error:  # every filesystem has exceptions of its own
-            if attempt == _TRIES - 1:
-                raise DataError(f"{path}: {what}, tried {_TRIES} times: {type(error).__name__}: {error}") from error
-            time.sleep(wait)
-            wait *= 2
-    raise AssertionError("unreachable")
 
 
 def byte_ranges(file: File, target_bytes: int) -> list[Unit]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.formats.compression import Damaged, inflate_pieces
-from data_prep.formats.files import File, open_file, pieces
+from data_prep.formats.files import File, is_url, open_file, pieces
 from data_prep.formats.gzip_index import GzipIndex, build_index, index_file, read_index
 from data_prep.formats.lines import Line, cut
 from data_prep.sources.base import Fault, Report, Unit
+from ouro_megatron.errors import DataError
 
 _PIECE = 1 << 17
 
@@ -47,6 +48,11 @@ class GzipParts:
 
     def make_index(self, advance: Callable[[int], None], spacing: int | None = None) -> GzipIndex:
         """Reads the stream once; `advance` is told the bytes read so far. Raises DataError as `build_index` does."""
+        if is_url(self.path) and self.index_folder is None:
+            raise DataError(
+                f"{self.path}: an index is a local file and cannot lie beside a URL. For MAP-CC set "
+                "`index` to a folder; of other kinds only local files can have one"
+            )
         with io.BufferedReader(_Joined(self)) as stream:
             path = index_file(self.path, self.index_folder)
             return build_index(path, stream, self._named, advance, spacing)

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.formats.remote_errors import describe, explain, is_of_the_network
 from data_prep.formats.tables import rows_in
 from data_prep.sources.base import Document, Fault, Report, Unit
 from data_prep.sources.chat_rows import key_of, list_of, messages_of, pair_of
@@ -34,24 +35,50 @@ class HuggingFaceDataset(TextTable):
     split: str = "train"
     """Name of the dataset's split."""
     revision: str | None = None
-    """Commit of a Hub dataset. Without it the newest is used, and a resumed run may read another."""
+    """Branch, tag or commit of a Hub dataset. One run reads one commit: without it the newest, so that a dataset with a
+    newer one is made anew."""
     chat: bool = False
     """Rows are conversations."""
 
     def units(self, target_bytes: int) -> list[Unit]:
-        dataset = self._open()
+        revision = self._commit()
+        dataset = self._open(revision)
         names = list(dataset.column_names or next(iter(dataset), {}))
         self._check(names)
         if self._saved():
             return self._row_ranges(dataset, target_bytes)
         # What a shard weighs is known for some datasets only; otherwise each counts as a unit of the wanted size.
         size = (dataset.info.download_size or 0) // dataset.num_shards or target_bytes
-        stamp = self.revision or ""
-        return [Unit(self.path, size, index, index + 1, stamp) for index in range(dataset.num_shards)]
+        return [Unit(self.path, size, index, index + 1, revision or "") for index in range(dataset.num_shards)]
 
     def _saved(self) -> bool:
         folder = Path(self.path)
         return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+    @property
+    def _on_hub(self) -> bool:
+        return not Path(self.path).exists()
+
+    def _commit(self) -> str | None:
+        """The commit that the revision of a Hub dataset is at now. Raises DataError when it cannot be asked for."""
+        if not self._on_hub:
+            return self.revision
+        try:
+            from huggingface_hub import HfApi
+        except ImportError:  # `_open` names what is missing
+            return self.revision
+        try:
+            return HfApi().dataset_info(self.path, revision=self.revision).sha
+        except Exception as error:  # the Hub client raises many kinds
+            raise self._cannot_open(error) from error
+
+    def _cannot_open(self, error: Exception) -> DataError:
+        what = f"source {self.name}: `datasets` cannot open {self.path!r} (config {self.config}, split {self.split})"
+        reason = explain(f"hf://datasets/{self.path}", error) if self._on_hub else describe(error)
+        return DataError(
+            f"{what}: {reason}. A Hub id needs network access (and a token if it is gated); "
+            "a folder must hold data files"
+        )
 
     def _row_ranges(self, dataset: Any, target_bytes: int) -> list[Unit]:
         size = sum(Path(file["filename"]).stat().st_size for file in dataset.cache_files) or dataset.dataset_size or 1
@@ -70,7 +97,7 @@ class HuggingFaceDataset(TextTable):
                 f"source {self.name}: {self.path} has no column {self.text!r}, but: {', '.join(names)}.{hint}"
             )
 
-    def _open(self) -> Any:
+    def _open(self, revision: str | None) -> Any:
         """Raises DataError when the library is missing or cannot open it."""
         try:
             import datasets
@@ -83,15 +110,9 @@ class HuggingFaceDataset(TextTable):
             if self._saved():
                 found = datasets.load_from_disk(self.path, storage_options=dict(self.storage_options) or None)
                 return found[self.split] if isinstance(found, datasets.DatasetDict) else found
-            return datasets.load_dataset(
-                self.path, self.config, split=self.split, revision=self.revision, streaming=True
-            )
+            return datasets.load_dataset(self.path, self.config, split=self.split, revision=revision, streaming=True)
         except Exception as error:  # the library and the Hub client raise many kinds
-            raise DataError(
-                f"source {self.name}: `datasets` cannot open {self.path!r} (config {self.config}, split {self.split}): "
-                f"{type(error).__name__}: {error}. A Hub id needs network access (and a token if it is gated); "
-                "a folder must hold data files"
-            ) from error
+            raise self._cannot_open(error) from error
 
     def read(self, unit: Unit, report: Report) -> Iterator[Document]:
         keys = (self.key,) if self.key is not None else ("url", "id")
@@ -118,11 +139,14 @@ class HuggingFaceDataset(TextTable):
         except DataError:
             raise
         except Exception as error:  # what a broken file raises depends on the builder that reads it
-            report_here(Fault(unit.path, f"row {number}", f"{type(error).__name__}: {error}", ends_unit=True))
+            if self._on_hub and is_of_the_network(error):  # no fault of the file, so nothing of it may be left out
+                where = f"{place}row {number}"
+                raise DataError(f"{unit.path}, {where}: {explain(f'hf://datasets/{self.path}', error)}") from error
+            report_here(Fault(unit.path, f"row {number}", describe(error), ends_unit=True))
 
     def _tables(self, unit: Unit) -> Iterator[Any]:
         """pyarrow's tables, one after the other."""
-        dataset = self._open().with_format("arrow")
+        dataset = self._open(unit.stamp or self.revision).with_format("arrow")
         if not self._saved():
             yield from dataset.shard(num_shards=dataset.num_shards, index=unit.start).iter(batch_size=_STREAMED_ROWS)
             return

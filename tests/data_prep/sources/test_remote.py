@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from data_prep.fixtures import make_fixture
-from data_prep.formats import files, tables
+from data_prep.formats import remote, tables
 from data_prep.formats.files import open_file
 from ouro_megatron.errors import DataError
 from tests.data_prep.sources.reading import read_all, read_apart, source_of
@@ -34,14 +34,14 @@ def test_a_corpus_behind_a_url(kind: str, tmp_path: Path, memory: MemoryFileSyst
     made = make_fixture(kind, tmp_path)
     root = str(made.settings["path"])
     memory.put(root, "/bucket/corpus", recursive=True)
-    remote = {**made.settings, "path": "memory://bucket/corpus"}
-    remote.pop("manifest", None)
+    settings = {**made.settings, "path": "memory://bucket/corpus"}
+    settings.pop("manifest", None)
     for target in (1 << 26, 300):
-        documents, faults = read_all(remote, target)
+        documents, faults = read_all(settings, target)
         local, _ = read_all(made.settings, target)
         assert not faults
         assert [(d.text, d.messages) for d in documents] == [(d.text, d.messages) for d in local]
-    assert all(unit.stamp and unit.path.startswith("memory://") for unit in source_of(remote).units(300))
+    assert all(unit.stamp and unit.path.startswith("memory://") for unit in source_of(settings).units(300))
 
 
 def test_file_urls_need_no_fsspec(tmp_path: Path) -> None:
@@ -87,7 +87,8 @@ class FlakySystem(MemoryFileSystem):
 @pytest.fixture
 def flaky(monkeypatch: pytest.MonkeyPatch) -> FlakySystem:
     fsspec.register_implementation("flaky", FlakySystem, clobber=True)
-    monkeypatch.setattr(files, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(remote, "_PATIENCE", 0.03)
     monkeypatch.setattr(FlakySystem, "broken", False)
     return FlakySystem()
 
@@ -98,6 +99,16 @@ def test_reading_goes_on_where_it_failed(flaky: FlakySystem) -> None:
     documents, faults = read_all({"kind": "jsonl", "path": "flaky://corpus"}, 1_000_000)
     assert [document.text for document in documents] == [row["text"] for row in rows]
     assert not faults and FlakyFile.reads > 2
+
+
+def test_a_file_that_is_another_one_after_a_failure(flaky: FlakySystem) -> None:
+    flaky.pipe("/corpus/a.bin", b"a" * (3 << 20))
+    FlakyFile.reads = 0
+    with open_file("flaky://corpus/a.bin", {}) as stream:
+        assert stream.read(10) == b"a" * 10
+        flaky.pipe("/corpus/a.bin", b"b" * (3 << 20))
+        with pytest.raises(DataError, match=r"a\.bin: was written again while it was being read"):
+            stream.read()
 
 
 def test_a_lasting_failure_is_no_fault_of_the_file(flaky: FlakySystem) -> None:
