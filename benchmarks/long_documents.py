@@ -27,7 +27,7 @@ import yaml
 from benchmarks.tokenise_text import documents, train_tokenizer
 from data_prep.fixtures.llama import pack, write_llama_tokenizer, write_packs
 
-MAIN_AND_PEAK = """
+_MAIN_AND_PEAK = """
 from ouro_megatron.cli import main
 try:
     main()
@@ -44,7 +44,7 @@ def main() -> None:
     paths = sysconfig.get_paths()
     parser.add_argument("--text", type=Path, nargs="+", default=[Path(paths["stdlib"]), Path(paths["purelib"])])
     parser.add_argument("--tokenizer", type=Path, help="folder; one like SmolLM2's is trained when left out")
-    parser.add_argument("--forms", nargs="+", choices=list(_FORMS), default=list(_FORMS))
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
     parser.add_argument("--millions", type=float, nargs="+", default=[1, 6, 30], help="characters a document")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
@@ -58,7 +58,7 @@ def main() -> None:
                     texts = ["".join(random.Random(seed).choices("acgt", k=characters)) for seed in range(2)]
                 else:
                     texts = list(islice(documents(given.text, 1e9, characters), 2))
-                peaks.append(_peak(form, texts, tokenizer, work / "run"))
+                peaks.append(peak(form, texts, tokenizer, work / "run"))
             growth = (peaks[-1] - peaks[0]) / (given.millions[-1] - given.millions[0])
             print(
                 f"{form:20} {' '.join(f'{peak:6.0f}' for peak in peaks)} MB  {growth:5.2f} bytes a character",
@@ -66,11 +66,11 @@ def main() -> None:
             )
 
 
-def _peak(form: str, texts: Texts, tokenizer: Path, work: Path) -> float:
-    """Megabytes."""
+def peak(form: str, texts: Texts, tokenizer: Path, work: Path) -> float:
+    """Megabytes resident at most in a process that prepares the texts in one of FORMS; `work`: a folder to be made."""
     raw = work / "raw"
     raw.mkdir(parents=True)
-    source = _FORMS[form](texts, raw)
+    source = FORMS[form](texts, raw)
     folder = _other_tokenizer(tokenizer, work / "tokenizer", normalized=form == "slow path")
     recipe = {
         "output": str(work / "out"),
@@ -79,11 +79,15 @@ def _peak(form: str, texts: Texts, tokenizer: Path, work: Path) -> float:
         "sources": [{"name": "text", "path": str(raw), **source}],
     }
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    number = len(texts)
     del texts
-    command = [sys.executable, "-c", MAIN_AND_PEAK, "data", "prepare", str(work / "recipe.yaml"), "--workers", "1"]
+    command = [sys.executable, "-c", _MAIN_AND_PEAK, "data", "prepare", str(work / "recipe.yaml"), "--workers", "1"]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(run.stdout + run.stderr)
+    counts = json.loads((work / "out" / "text.manifest.json").read_text())["source_counts"]
+    if counts["read"] != number:
+        raise RuntimeError(f"{form}: {counts} instead of {number} documents")
     shutil.rmtree(work)
     return int(run.stdout.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
@@ -110,6 +114,12 @@ def _lines(texts: Texts, raw: Path) -> Settings:
     with (raw / "a.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     return {"kind": "jsonl"}
+
+
+def _text_files(texts: Texts, raw: Path) -> Settings:
+    for number, text in enumerate(texts):
+        (raw / f"{number}.txt").write_text(text, encoding="utf-8")
+    return {"kind": "text_folder"}
 
 
 def _parquet(texts: Texts, raw: Path) -> Settings:
@@ -148,8 +158,9 @@ def _ascii_chat(texts: Texts, raw: Path) -> Settings:
     return _chat([text.encode("ascii", "ignore").decode() for text in texts], raw)
 
 
-_FORMS: dict[str, Callable[[Texts, Path], Settings]] = {
+FORMS: dict[str, Callable[[Texts, Path], Settings]] = {
     "lines": _lines,
+    "text files": _text_files,
     "parquet": _parquet,
     "parquet, plain": _plain_parquet,
     "saved dataset": _saved,
