@@ -95,12 +95,21 @@ def open_tokenizer(folder: Path) -> tuple[TextTokenizer, BatchEncoder]:
     A worker asks once a shard; making them takes as long as encoding tens of megabytes. Raises DataError as
     `load_tokenizer` does.
     """
+    return _opened(folder)[:2]
+
+
+def why_slow(folder: Path) -> str | None:
+    """Why `open_tokenizer` gives the encoder that is slow; None when it does not."""
+    return _opened(folder)[2]
+
+
+def _opened(folder: Path) -> tuple[TextTokenizer, BatchEncoder, str | None]:
     inside = folder if folder.is_dir() else folder.parent  # the path may be that of tokenizer.json
     files = (file.stat() for file in sorted(inside.glob("*.json")))
-    return _open_tokenizer(folder, tuple((status.st_size, status.st_mtime_ns) for status in files))
+    return _open(folder, tuple((status.st_size, status.st_mtime_ns) for status in files))
 
 
 @lru_cache(maxsize=1)
-def _open_tokenizer(folder: Path, stamp: tuple[tuple[int, int], ...]) -> tuple[TextTokenizer, BatchEncoder]:
+def _open(folder: Path, stamp: tuple[tuple[int, int], ...]) -> tuple[TextTokenizer, BatchEncoder, str | None]:
     tokenizer = load_tokenizer(folder)
-    return tokenizer, choose_encoder(tokenizer)[0]
+    return tokenizer, *choose_encoder(tokenizer)

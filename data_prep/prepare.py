@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from data_prep.dedup import find_duplicates
-from data_prep.encode import choose_encoder
+from data_prep.encode import open_tokenizer, why_slow
 from data_prep.explain import explain
 from data_prep.faults import FaultBudget, faults_file, write_faults
 from data_prep.lock import locked
@@ -29,7 +29,7 @@ from data_prep.shards import ShardResult, read_result, tokenise_shard
 from data_prep.sources.base import Unit
 from data_prep.train_tokenizer import train_tokenizer
 from ouro_megatron.data.indexed import MAX_BLEND, read_manifest, with_suffix
-from ouro_megatron.data.tokenizer import CONFIG_FILE, load_tokenizer
+from ouro_megatron.data.tokenizer import CONFIG_FILE
 from ouro_megatron.errors import DataError
 
 Units = dict[str, list[Unit]]
@@ -151,7 +151,7 @@ def _jobs(recipe: DataRecipe, units: Units) -> list[SourceJob]:
             f"{recipe.tokenizer_folder}: not trained yet. Shares of one recipe need one tokenizer: run "
             "`ouro data tokenizer` with the recipe once, before them"
         )
-    return source_jobs(recipe, units, load_tokenizer(recipe.tokenizer_folder))
+    return source_jobs(recipe, units, open_tokenizer(recipe.tokenizer_folder)[0])
 
 
 def _stale(jobs: Sequence[SourceJob], watcher: Watcher) -> list[SourceJob]:
@@ -182,7 +182,7 @@ def _tokenise(jobs: Sequence[SourceJob], watcher: Watcher, workers: int, shard: 
 
 
 def _say_when_slow(tokenizer: Path, watcher: Watcher) -> None:
-    _, why = choose_encoder(load_tokenizer(tokenizer))
+    why = why_slow(tokenizer)
     if why is not None:
         watcher.say(f"{tokenizer}: `tokenizers` does the work, not the much faster path: {why}")
 
