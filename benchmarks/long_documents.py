@@ -140,7 +140,7 @@ def _saved(texts: Texts, raw: Path) -> Settings:
 
 
 def _prolong(texts: Texts, raw: Path) -> Settings:
-    write_packs(raw / "book" / "proc00-64", pack(list(texts), 65_536), rows_a_shard=64)
+    write_packs(raw / "book" / "proc00-64", pack(list(texts), 65_536), rows_a_shard=8)
     return {"kind": "prolong", "tokenizer": str(write_llama_tokenizer(raw.parent / "llama")), "join": True}
 
 

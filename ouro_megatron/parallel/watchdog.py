@@ -27,7 +27,7 @@ from ouro_megatron.errors import AnotherRankFailed, OuroError, RankGone, Trainin
 from ouro_megatron.parallel.context import ParallelContext
 from ouro_megatron.parallel.position import STEP_PHASES, Position
 from ouro_megatron.parallel.verdict import Beat, gone, host_gone, is_consequence, verdict
-from ouro_megatron.parallel.whereabouts import place_of
+from ouro_megatron.parallel.whereabouts import Place, place_of
 
 
 class Pace:
@@ -141,7 +141,10 @@ class Watchdog:
                 self._leave(self._without_host())
 
     def _look(self, number: int) -> tuple[Beat, int]:
-        place = place_of(self._main, self._neighbours, cuda=self._cuda)
+        try:
+            place = place_of(self._main, self._neighbours, cuda=self._cuda)
+        except Exception as error:  # the main thread goes on while its frames are read: the next look may be luckier
+            place = Place(f"a place that cannot be read ({type(error).__name__})", False, number)
         return Beat(self._rank, self._who, number, str(self._position), place.text, place.waits), place.stack
 
     def _has_stalled(self, limit: float) -> bool:

@@ -63,6 +63,11 @@ def _file(frame: FrameType) -> str:
     return frame.f_code.co_filename
 
 
+def _line(frame: FrameType) -> int:
+    """Some instructions belong to no line: then that of the function."""
+    return frame.f_lineno or frame.f_code.co_firstlineno
+
+
 def _wait(stack: list[FrameType], neighbours: Mapping[str, int], cuda: bool) -> str | None:
     """What the innermost frame of `stack` waits for; None when it does work of its own."""
     inside = 0
@@ -73,7 +78,7 @@ def _wait(stack: list[FrameType], neighbours: Mapping[str, int], cuda: bool) -> 
         named = [frame for frame in stack[:inside] if frame.f_code.co_name != "wrapper"]
         caller = f", called by {_spot(stack[inside])}" if inside < len(stack) else ""
         return f"{_collective(named[-1])}{caller}" if named else None
-    line = linecache.getline(_file(stack[0]), stack[0].f_lineno).strip()
+    line = linecache.getline(_file(stack[0]), _line(stack[0])).strip()
     if _HANDLE_WAIT.search(line) and _is_ours(stack[0]):
         return _handle(stack[0], line, neighbours)
     if cuda and _READS_GPU.search(line):
@@ -117,7 +122,7 @@ def _is_ours(frame: FrameType) -> bool:
 
 
 def _spot(frame: FrameType) -> str:
-    return f"{frame.f_code.co_name} ({_file(frame).rpartition('/')[2]}:{frame.f_lineno})"
+    return f"{frame.f_code.co_name} ({_file(frame).rpartition('/')[2]}:{_line(frame)})"
 
 
 def ranks_text(ranks: list[int]) -> str:

@@ -16,7 +16,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["ouro_megatron.training.stage", "megatron.core.datasets.gpt_dataset"]
+PRELOAD = [
+    "ouro_megatron.training.stage",
+    "megatron.core.datasets.gpt_dataset",
+    "torch._dynamo",  # the first optimizer step would import it in each rank
+]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -34,7 +38,7 @@ def preloaded_forkserver() -> Any:
     """The multiprocessing context whose server has torch and Megatron-Core imported."""
     context = mp.get_context("forkserver")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
     return context
 
 

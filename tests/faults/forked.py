@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ouro_megatron.training.launch import RankProcess, Ranks
+from tests.distributed.ranks import PRELOAD
 from tests.faults.rank import rank_main
 
 
@@ -65,7 +66,7 @@ def start_fork_server(folder: Path) -> None:
     source = Path(__file__).with_name("clock.c")
     subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-o", str(library), str(source), "-ldl"], check=True)
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.rank", "megatron.core.datasets.gpt_dataset"])
+    context.set_forkserver_preload(["tests.faults.rank", *PRELOAD])
     before = dict(os.environ)
     os.environ["LD_PRELOAD"] = " ".join([str(library), *before.get("LD_PRELOAD", "").split()])
     os.environ["PYTHONWARNINGS"] = "ignore"  # Megatron-Core names every optional package it does not find

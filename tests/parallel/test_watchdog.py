@@ -1,8 +1,11 @@
 """What the watchdog sees of a thread, and whom it finds at fault."""
 
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable
+from types import FunctionType
 
 import pytest
 
@@ -172,3 +175,19 @@ def test_a_port_that_is_about_to_close_does_not_listen(stays: bool) -> None:
         assert listens("127.0.0.1", port) == stays
     closing.cancel()
     assert not listens("127.0.0.1", port)
+
+
+def test_an_instruction_that_belongs_to_no_line() -> None:
+    """Python says None for its line, while a module is imported for example; a watchdog must survive that."""
+
+    def nap() -> None:
+        time.sleep(1.0)
+
+    lineless = FunctionType(nap.__code__.replace(co_linetable=b""), globals())
+    seen: list[int | None] = []
+    main = threading.get_ident()
+    looking = threading.Timer(0.25, lambda: seen.append(sys._current_frames()[main].f_lineno))
+    looking.start()
+    place = seen_while(lineless, {})
+    assert seen == [None]
+    assert place.text == f"nap (test_watchdog.py:{nap.__code__.co_firstlineno})" and not place.waits
