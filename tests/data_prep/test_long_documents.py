@@ -127,7 +127,7 @@ def test_the_same_bytes_whatever_is_held(tmp_path: Path, monkeypatch: pytest.Mon
         ("parquet, plain", (4, 40), 0.7),
         ("saved dataset", (4, 40), 2.0),  # the pages of the mapped file, which the kernel can take back
         ("ProLong, joined", (2, 6), 3.5),
-        ("slow path", (2, 5), 3.0),  # 130 in one piece
+        ("slow path", (2, 8), 4.0),  # 130 in one piece
         ("chat", (1, 4), 17.0),  # the turns, what the template makes of them twice, the ids; 175 in one piece
     ],
 )
