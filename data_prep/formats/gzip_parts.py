@@ -13,6 +13,7 @@ from data_prep.formats.compression import Damaged, inflate_pieces
 from data_prep.formats.files import File, is_url, open_file, pieces
 from data_prep.formats.gzip_index import GzipIndex, build_index, index_file, read_index
 from data_prep.formats.lines import Line, cut
+from data_prep.formats.seekable import SeekableFile
 from data_prep.sources.base import Fault, Report, Unit
 from ouro_megatron.errors import DataError
 
@@ -135,38 +136,28 @@ class GzipParts:
         return self.parts[-1].name, self.parts[-1].size
 
 
-class _Joined(io.RawIOBase):
+class _Joined(SeekableFile):
     """The parts as one seekable file."""
 
     def __init__(self, source: GzipParts) -> None:
+        super().__init__(source.size)
         self._source = source
-        self._at = 0
         self._pieces: Iterator[bytes] | None = None
         self._held = b""
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        target = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._source.size}[whence]
-        if target != self._at:
+        before = self.at
+        if super().seek(offset, whence) != before:
             self._pieces, self._held = None, b""
-        self._at = target
-        return target
+        return self.at
 
     def readinto(self, buffer: Any) -> int:
         if self._pieces is None:
-            self._pieces = self._source.compressed(self._at)
+            self._pieces = self._source.compressed(self.at)
         if not self._held:
             self._held = next(self._pieces, b"")
         count = min(len(buffer), len(self._held))
         buffer[:count] = self._held[:count]
         self._held = self._held[count:]
-        self._at += count
+        self.at += count
         return count

@@ -1,13 +1,12 @@
 """Files behind fsspec URLs: listed, opened, and read again at the same place after a hiccup of the network."""
 
-import io
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from data_prep.formats.remote_errors import describe, endpoint_note, explain, is_lasting
+from data_prep.formats.seekable import SeekableFile
 from ouro_megatron.errors import DataError
 
 _FIRST_WAIT = 1.0
@@ -109,7 +108,7 @@ def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return False
 
 
-class RemoteFile(io.RawIOBase):
+class RemoteFile(SeekableFile):
     """A remote file that is opened anew, at the same place, when reading from it fails.
 
     Raises DataError when it cannot be opened, and at a read when it became another file meanwhile.
@@ -118,37 +117,23 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, path: str, options: Options) -> None:
         self._path = path
         self._system = filesystem(path, options)
-        self._at = 0
         self._file: Any = None
         self._failed = False
         self._info = again(lambda: self._system.info(path), path, "cannot be opened")
-        self._size = int(self._info["size"] or 0)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
+        super().__init__(int(self._info["size"] or 0))
 
     def readinto(self, buffer: Any) -> int:
-        data = again(lambda: self._read(len(buffer)), self._path, f"cannot be read at byte {self._at}")
+        data = again(lambda: self._read(len(buffer)), self._path, f"cannot be read at byte {self.at}")
         buffer[: len(data)] = data
-        self._at += len(data)
+        self.at += len(data)
         return len(data)
 
     def _read(self, count: int) -> bytes:
         try:
             if self._file is None:
                 self._file = self._open()
-            if self._file.tell() != self._at:
-                self._file.seek(self._at)
+            if self._file.tell() != self.at:
+                self._file.seek(self.at)
             return self._file.read(count)
         except Exception:
             self._file = None
