@@ -134,6 +134,16 @@ def _plain_parquet(texts: Texts, raw: Path) -> Settings:
     return {"kind": "parquet"}
 
 
+def _remote_parquet(texts: Texts, raw: Path) -> Settings:
+    """Behind a URL, of which the pages are read one after the other."""
+    return {**_parquet(texts, raw), "path": f"local://{raw}"}
+
+
+def _dataset(texts: Texts, raw: Path) -> Settings:
+    """A folder of data files, as the Hub's datasets are."""
+    return {**_parquet(texts, raw), "kind": "datasets"}
+
+
 def _saved(texts: Texts, raw: Path) -> Settings:
     datasets.Dataset.from_dict({"text": list(texts)}).save_to_disk(raw)
     return {"kind": "datasets"}
@@ -163,6 +173,8 @@ FORMS: dict[str, Callable[[Texts, Path], Settings]] = {
     "text files": _text_files,
     "parquet": _parquet,
     "parquet, plain": _plain_parquet,
+    "parquet, URL": _remote_parquet,
+    "dataset's parquet": _dataset,
     "saved dataset": _saved,
     "ProLong, joined": _prolong,
     "one word": _lines,

@@ -15,6 +15,7 @@ import numpy as np
 from data_prep.character_classes import class_codes, load_classes
 from data_prep.encode import Encoded, PlainEncoder, same_ids
 from data_prep.long_text import LongText
+from data_prep.memory import DOCUMENT_MEMORY
 from ouro_megatron.data.tokenizer import TextTokenizer
 
 _CACHE_BITS = 16
@@ -75,7 +76,7 @@ class ByteLevelEncoder:
         ids, lengths = self._encoder.encode_batch(list(texts))
         return Encoded(np.frombuffer(ids, dtype=np.uint32), np.frombuffer(lengths, dtype=np.int64))
 
-    def encode_long(self, text: LongText, put: Callable[[np.ndarray], object]) -> None:
+    def encode_long(self, text: LongText, put: Callable[[np.ndarray], object], memory: int = DOCUMENT_MEMORY) -> None:
         with text.mapped() as mapped:
 
             def take(ids: bytearray, read: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from data_prep.chat import ChatEncoder
 from data_prep.encode import BatchEncoder, Encoded
 from data_prep.long_text import LongText
+from data_prep.memory import CONVERSATION, DOCUMENT_MEMORY, UNCUT, check_size
 from data_prep.sources.base import Document
 from ouro_megatron.data.tokenizer import TextTokenizer
 from ouro_megatron.errors import DataError
@@ -36,12 +37,19 @@ class EncodedDocuments:
 
 class DocumentEncoder:
     def __init__(
-        self, tokenizer: TextTokenizer, encoder: BatchEncoder, folder: Path, chat_template: str | None = None
+        self,
+        tokenizer: TextTokenizer,
+        encoder: BatchEncoder,
+        folder: Path,
+        chat_template: str | None = None,
+        memory: int = DOCUMENT_MEMORY,
     ) -> None:
+        """`memory`: bytes that a document may take which must be held in one piece."""
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._folder = folder
         self._template = chat_template
+        self._memory = memory
         self._chat: _Conversations | None = None
 
     def encode(self, documents: Sequence[Document]) -> EncodedDocuments:
@@ -52,9 +60,19 @@ class DocumentEncoder:
             return EncodedDocuments(encoded.lengths.tolist(), encoded.ids, None)
         return self._mixed(documents, encoded)
 
+    def check_size(self, document: Document, size: int) -> None:
+        """Raises TooLargeError for a document of `size` bytes that would take too much memory."""
+        if document.messages is not None:
+            check_size("a conversation", size, CONVERSATION, self._memory)
+        elif document.loss_spans is not None:
+            check_size("a text of which only parts count", size, UNCUT, self._memory)
+
     def encode_long(self, text: LongText, put: Callable[[np.ndarray], object]) -> None:
-        """Ids of a text that is not held in memory, piece by piece, with its end-of-document id. All count."""
-        self._encoder.encode_long(text, put)
+        """Ids of a text that is not held in memory, piece by piece, with its end-of-document id. All count.
+
+        Raises TooLargeError as `BatchEncoder.encode_long` does.
+        """
+        self._encoder.encode_long(text, put, self._memory)
         put(np.array([self._tokenizer.eod], dtype=np.uint32))
 
     def _mixed(self, documents: Sequence[Document], plain: Encoded) -> EncodedDocuments:

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from data_prep.long_text import LongText
+from data_prep.memory import DOCUMENT_MEMORY, UNCUT, check_size
 from data_prep.safe_cuts import can_be_cut, parts
 from ouro_megatron.data.tokenizer import TextTokenizer, load_tokenizer
 
@@ -40,8 +41,11 @@ class BatchEncoder(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Ids of each text, nothing added. Text that merely spells a special token stays text."""
 
-    def encode_long(self, text: LongText, put: Callable[[np.ndarray], object]) -> None:
-        """The same of one text that is not held in memory; `put` gets its ids (uint32) in order, piece by piece."""
+    def encode_long(self, text: LongText, put: Callable[[np.ndarray], object], memory: int = DOCUMENT_MEMORY) -> None:
+        """The same of one text that is not held in memory; `put` gets its ids (uint32) in order, piece by piece.
+
+        Raises TooLargeError, after some pieces perhaps, when it must be held and takes more than `memory` bytes.
+        """
 
 
 class PlainEncoder:
@@ -60,10 +64,14 @@ class PlainEncoder:
         ids = np.fromiter(chain.from_iterable(rows), dtype=np.uint32, count=int(lengths.sum()))
         return Encoded(ids, lengths)
 
-    def encode_long(self, text: LongText, put: Callable[[np.ndarray], object]) -> None:
+    def encode_long(self, text: LongText, put: Callable[[np.ndarray], object], memory: int = DOCUMENT_MEMORY) -> None:
         """Holds the text where it is not known how the tokenizer may be cut without changing ids."""
-        for part in parts(text.pieces()) if self._can_be_cut else (text.whole(),):
-            put(self.encode_batch([part]).ids)
+        if self._can_be_cut:
+            for part in parts(text.pieces(), memory):
+                put(self.encode_batch([part]).ids)
+            return
+        check_size("a text that this tokenizer takes as a whole", text.size, UNCUT, memory)
+        put(self.encode_batch([text.whole()]).ids)
 
 
 def same_ids(one: Encoded, other: Encoded) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data_prep.memory import DOCUMENT_MEMORY, check_size
 from ouro_megatron.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ _WORD = re.compile(r"[぀-ヿ㐀-鿿豈-﫿]|[^\W぀-ヿ㐀-鿿豈-﫿]+")
 """A word of an alphabet, or one Chinese or Japanese character."""
 _SPACES = (" ", "\n", "\u3000", "。", "，")
 """Never part of a word, nor of what decides how a letter is lowered."""
+_WORD_MEMORY = 16
+"""Bytes of memory for each character of a word: itself, lowered, and what is found in it."""
 _DETECTED_CHARACTERS = 1000
 """Text that a language is told from: more takes longer and hardly changes the answer."""
 
@@ -140,13 +143,17 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def whole_words(pieces: Iterator[str]) -> Iterator[str]:
-    """A text in other pieces, cut at white space alone: no word is cut, and how it is lowered sees all it asks for."""
+def whole_words(pieces: Iterator[str], memory: int = DOCUMENT_MEMORY) -> Iterator[str]:
+    """A text in other pieces, cut at white space alone: no word is cut, and how it is lowered sees all it asks for.
+
+    Raises TooLargeError when what has no white space takes more than `memory` bytes.
+    """
     held: list[str] = []
     for piece in pieces:
         at = max(piece.rfind(space) for space in _SPACES) + 1
         if at == 0:
             held.append(piece)
+            check_size("a text without white space under `decontaminate`", sum(map(len, held)), _WORD_MEMORY, memory)
             continue
         yield "".join((*held, piece[:at]))
         held = [piece[at:]]
@@ -178,12 +185,12 @@ class NgramList:
         rows = np.array(sorted(self._runs), dtype=np.int64)
         return np.unique(_row_hashes(rows.ravel(), self.ngram)[:: self.ngram])
 
-    def occurs_in(self, document: "Document") -> bool:
-        """Whether any run occurs in a document's text."""
+    def occurs_in(self, document: "Document", memory: int = DOCUMENT_MEMORY) -> bool:
+        """Whether any run occurs in a document's text. Raises TooLargeError as `whole_words` does."""
         if document.long_text is None:
             return self._occur(self._ids_of(text_of(document)))
         held = np.zeros(0, dtype=np.int64)
-        for piece in whole_words(document.long_text.pieces()):
+        for piece in whole_words(document.long_text.pieces(), memory):
             held = np.concatenate((held[-self.ngram + 1 :], self._ids_of(piece)))
             if self._occur(held):
                 return True

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from data_prep.memory import UNCUT, check_size
+
 PART = 1 << 16
 """Characters of a part, at least."""
 
@@ -73,11 +75,16 @@ def _spans_a_place(token: Mapping[str, Any]) -> bool:
     return _PLACE.search(content) is not None or (token["rstrip"] and _PLACE.search(content + " ") is not None)
 
 
-def parts(pieces: Iterable[str]) -> Iterator[str]:
-    """A text that comes in pieces, cut at places; where there are none for long, a part is long."""
+def parts(pieces: Iterable[str], memory: int | None = None) -> Iterator[str]:
+    """A text that comes in pieces, cut at places; where there are none for long, a part is long.
+
+    Raises TooLargeError when tokenising a part would take more than `memory` bytes.
+    """
     rest, looked = "", 0
     for piece in pieces:
         rest += piece
+        if memory is not None:
+            check_size("a text without a place to cut it at", len(rest), UNCUT, memory)
         start = 0
         while match := _PLACE.search(rest, max(start + PART, looked)):
             yield rest[start : match.end()]

@@ -20,13 +20,16 @@ from data_prep.dedup import save_sorted
 from data_prep.document_encoder import DocumentEncoder
 from data_prep.encode import open_tokenizer
 from data_prep.filters import DocumentFilters, Filters, NgramList
+from data_prep.memory import DOCUMENT_MEMORY, TooLargeError
 from data_prep.pool import Pulse, Work
-from data_prep.sources.base import Document, Fault, Unit
+from data_prep.sources.base import Document, Fault, Unit, fault_of
 from data_prep.sources.registry import AnySource
 from data_prep.writer import MAX_LENGTH, PairWriter, token_dtype
 from ouro_megatron.errors import DataError
 
 SPLITS = ("train", "validation")
+_REFUSED = "max_document_memory"
+"""File with the limit that documents of a shard were refused for."""
 _BATCH = 64
 """Documents tokenised at one time, at most."""
 _BATCH_BYTES = 1 << 20
@@ -51,10 +54,15 @@ class ShardTask:
     chat_template: str | None = None
     hashes: Path | None = None
     """Where the documents' hashes go when duplicates are looked for. Kept after the shard is merged."""
+    memory: int = DOCUMENT_MEMORY
+    """The recipe's max_document_memory."""
 
     @property
     def is_done(self) -> bool:
-        return (self.folder / "done.json").is_file() and (self.hashes is None or self.hashes.is_file())
+        if not (self.folder / "done.json").is_file() or (self.hashes is not None and not self.hashes.is_file()):
+            return False
+        refused = self.folder / _REFUSED
+        return not refused.is_file() or int(refused.read_text()) >= self.memory
 
     @property
     def size(self) -> int:
@@ -92,6 +100,8 @@ class ShardResult:
     """Files whose end could not be read."""
     units: list[dict[str, Any]]
     """Each unit with the documents it gave and a digest of their text."""
+    too_large: int = 0
+    """Faults that are none with a larger max_document_memory."""
 
     @property
     def work(self) -> Work:
@@ -160,11 +170,11 @@ class _Shard:
     def __init__(self, task: ShardTask, folder: Path, pulse: Pulse) -> None:
         self.task, self.folder, self.pulse = task, folder, pulse
         self.tokenizer, encoder = open_tokenizer(task.tokenizer)
-        self.encoder = DocumentEncoder(self.tokenizer, encoder, task.tokenizer, task.chat_template)
+        self.encoder = DocumentEncoder(self.tokenizer, encoder, task.tokenizer, task.chat_template, task.memory)
         decontaminate = task.filters.decontaminate
         self.ngrams = None if decontaminate is None else NgramList(decontaminate)
         self.left_out: Counter[str] = Counter()
-        self.fault_count = 0
+        self.fault_count = self.too_large = 0
         self.cut_files: set[str] = set()
         self.units: list[dict[str, Any]] = []
         self.text_bytes = 0
@@ -185,6 +195,8 @@ class _Shard:
         if self.task.hashes is not None:
             save_sorted(self.folder / "hashes.raw", self.task.hashes)
         (self.folder / "hashes.raw").unlink()
+        if self.too_large:
+            (self.folder / _REFUSED).write_text(str(self.task.memory))
         return ShardResult(
             documents={split: writer.documents for split, writer in zip(SPLITS, self.writers, strict=True)},
             tokens={split: writer.tokens for split, writer in zip(SPLITS, self.writers, strict=True)},
@@ -193,10 +205,12 @@ class _Shard:
             faults=self.fault_count,
             cut_files=sorted(self.cut_files),
             units=self.units,
+            too_large=self.too_large,
         )
 
     def report(self, fault: Fault) -> None:
         self.fault_count += 1
+        self.too_large += fault.too_large
         if fault.ends_unit:
             self.cut_files.add(fault.path)
         if self.fault_count <= _LISTED_FAULTS:
@@ -204,7 +218,7 @@ class _Shard:
 
     def _documents(self) -> Iterator["_Read"]:
         """Each document that stays."""
-        source = self.task.source.with_scratch(self.folder)
+        source = self.task.source.with_scratch(self.folder, self.task.memory)
         for unit in self.task.units:
             digest = hashlib.blake2b(digest_size=16)
             count = 0
@@ -218,7 +232,12 @@ class _Shard:
                     continue
                 digest.update(hashed)
                 self.text_bytes += size
-                reason = self._reason(document)
+                try:
+                    self.encoder.check_size(document, size)
+                    reason = self._reason(document)
+                except TooLargeError as error:
+                    self.report(fault_of(unit.path, place, error))
+                    continue
                 if reason is not None:
                     self.left_out[reason] += 1
                 else:
@@ -230,7 +249,7 @@ class _Shard:
         if not document.text and document.messages is None and document.long_text is None:
             return "empty"
         reason = self.task.document_filters.reason(document)
-        if reason is None and self.ngrams is not None and self.ngrams.occurs_in(document):
+        if reason is None and self.ngrams is not None and self.ngrams.occurs_in(document, self.task.memory):
             return "contaminated"
         return reason
 
@@ -252,7 +271,11 @@ class _Shard:
         text = item.document.long_text
         assert text is not None
         held_out = item.document.is_below(self.task.validation_fraction)
-        length = self.writers[held_out].add_long(lambda put: self.encoder.encode_long(text, put))
+        try:
+            length = self.writers[held_out].add_long(lambda put: self.encoder.encode_long(text, put))
+        except TooLargeError as error:
+            self.report(fault_of(item.path, item.place, error))
+            return
         if length is None:
             self.report(Fault(item.path, item.place, _too_long(None)))
         else:

@@ -4,10 +4,12 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from data_prep.filters import text_of
 from data_prep.recipe import DataRecipe, TrainTokenizer
-from data_prep.sources.base import Fault, Unit
+from data_prep.safe_cuts import parts
+from data_prep.sources.base import Document, Fault, Unit
 from data_prep.sources.registry import AnySource
 from ouro_megatron.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
@@ -55,18 +57,28 @@ def _sample_of(source: AnySource, units: Sequence[Unit], limit: int, held_out: f
     """Every k-th unit, so that a small sample still sees all of the source."""
     stride = max(1, sum(unit.size for unit in units) // limit)
     seen = 0
-    for unit in units[::stride]:
-        for document in source.read(unit, _overlook):
-            if document.is_below(held_out):
-                continue
-            text = text_of(document)
-            try:
-                seen += len(text.encode())
-            except UnicodeEncodeError:
-                continue
-            if seen > limit:
-                return
-            yield text
+    with TemporaryDirectory() as folder:
+        source = source.with_scratch(Path(folder))
+        for unit in units[::stride]:
+            for document in source.read(unit, _overlook):
+                if document.is_below(held_out):
+                    continue
+                for text in _texts(document):
+                    try:
+                        seen += len(text.encode())
+                    except UnicodeEncodeError:
+                        continue
+                    if seen > limit:
+                        return
+                    yield text
+
+
+def _texts(document: Document) -> Iterator[str]:
+    """The document, cut where that changes no word when it is long."""
+    if document.long_text is None:
+        yield text_of(document)
+    else:
+        yield from parts(document.long_text.pieces())
 
 
 def _overlook(fault: Fault) -> None:

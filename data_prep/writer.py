@@ -76,7 +76,8 @@ class PairWriter:
     def add_long(self, write: Callable[[Callable[[np.ndarray], None]], object]) -> int | None:
         """One document that is never held: `write` gets a function that takes its next ids, and calls it until the end.
 
-        Returns its number of ids; None when they are more than an index holds, and then nothing of it stays.
+        Returns its number of ids; None when they are more than an index holds, and then nothing of it stays, as when
+        `write` raises.
         """
         begin = self.tokens
 
@@ -86,7 +87,11 @@ class PairWriter:
                 self._write_ones(len(ids))
             self.tokens += len(ids)
 
-        write(put)
+        try:
+            write(put)
+        except BaseException:
+            self._cut_back(begin)
+            raise
         length = self.tokens - begin
         if length > MAX_LENGTH:
             self._cut_back(begin)

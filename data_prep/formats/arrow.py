@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from data_prep.formats.files import File, Options, is_url, open_file
-from data_prep.formats.long_json import Apart
 from data_prep.formats.tables import Column, Row, arrow_package, columns_of, rows_in, runs_of, short_reason
+from data_prep.memory import Apart
 from data_prep.sources.base import Fault, Report, Unit
 
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"

@@ -81,11 +81,16 @@ class GzipParts:
         ]
 
     def lines(
-        self, unit: Unit, report: Report, cut_is_expected: bool = False, scratch: Path | None = None
+        self,
+        unit: Unit,
+        report: Report,
+        cut_is_expected: bool = False,
+        scratch: Path | None = None,
+        memory: int | None = None,
     ) -> Iterator[Line]:
         """Lines that begin in the unit. `cut_is_expected`: the last parts are left out on purpose.
 
-        `scratch`: where long lines are kept; None: in memory.
+        `scratch` and `memory` are those of `read_lines`.
         """
 
         def told(fault: Fault) -> None:
@@ -99,13 +104,7 @@ class GzipParts:
                 # From the byte before the unit: a line that begins exactly at its start is its own.
                 begin, inflated = index.read(unit.start - 1, self.compressed)
                 content = self._placed(lambda: inflated)
-        for line in cut(self.path, content, told, begin, scratch):
-            if unit.stop is not None and line.offset >= unit.stop:
-                return
-            if unit.start == 0:
-                yield line
-            elif line.offset >= unit.start:
-                yield Line(None, line.offset, line.data, line.spilled)
+        yield from cut(unit, content, told, begin, scratch, memory)
 
     def _placed(self, inflated: Callable[[], Iterator[bytes]]) -> Iterator[bytes]:
         """Damage with the part it is in."""

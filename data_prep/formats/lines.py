@@ -1,16 +1,18 @@
 """Lines of plain or compressed files, and JSON in them. Lines end at b"\\n" alone: text holds U+2028 and its like."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from data_prep.formats.compression import Damaged, codec_of, codec_of_bytes, inflate
 from data_prep.formats.files import File, Options, byte_ranges, open_file, pieces
-from data_prep.formats.long_json import Apart, parse_long_object, short_parts
+from data_prep.formats.long_json import parse_long_object, short_parts
 from data_prep.long_text import LONG, Spilled
-from data_prep.sources.base import Fault, Report, Unit
+from data_prep.memory import CONVERSATION, Apart, check_size
+from data_prep.sources.base import Fault, Report, Unit, fault_of
 
 try:
     import orjson
@@ -47,14 +49,18 @@ def split_lines_file(file: File, target_bytes: int, options: Options) -> list[Un
     return [file.unit()] if codec_of_bytes(head) else byte_ranges(file, target_bytes)
 
 
-def read_lines(unit: Unit, report: Report, options: Options, scratch: Path | None = None) -> Iterator[Line]:
+def read_lines(
+    unit: Unit, report: Report, options: Options, scratch: Path | None = None, memory: int | None = None
+) -> Iterator[Line]:
     """The lines that begin in the unit, without their ends. Damage is reported after the last whole line.
 
-    `scratch`: where long lines are kept; None: in memory.
+    `scratch`: where long lines are kept; None: in memory. `memory`: what a conversation may take of it; None: anything.
     """
     with open_file(unit.path, options) as stream:
         if unit.start > 0:
-            yield from _range(stream, unit, report, scratch)
+            # From the byte before: a line that begins exactly at the start is this unit's.
+            stream.seek(unit.start - 1)
+            yield from cut(unit, pieces(stream, _PIECE), report, unit.start - 1, scratch, memory)
             return
         head = stream.read(8)
         stream.seek(0)
@@ -64,10 +70,7 @@ def read_lines(unit: Unit, report: Report, options: Options, scratch: Path | Non
             report(Fault(unit.path, "byte 0", reason, ends_unit=True))
             return
         content = pieces(stream, _PIECE) if codec is None else inflate(stream, codec)
-        for line in cut(unit.path, content, report, scratch=scratch):
-            if unit.stop is not None and line.offset >= unit.stop:
-                return
-            yield line
+        yield from cut(unit, content, report, scratch=scratch, memory=memory)
 
 
 def _is_text(head: bytes) -> bool:
@@ -75,29 +78,20 @@ def _is_text(head: bytes) -> bool:
     return head.lstrip(_BOM).lstrip()[:1] in (b"{", b"[")
 
 
-def _range(stream: BinaryIO, unit: Unit, report: Report, scratch: Path | None) -> Iterator[Line]:
-    # A line that begins exactly at the start is this unit's; any other that reaches into it belongs to the one before.
-    stream.seek(unit.start - 1)
-    for line in cut(unit.path, pieces(stream, _PIECE), report, unit.start - 1, scratch):
-        if line.offset == unit.start - 1:
-            continue
-        if unit.stop is not None and line.offset >= unit.stop:
-            return
-        yield Line(None, line.offset, line.data, line.spilled)
-
-
 class _Begun:
     """A line whose end has not come yet."""
 
-    def __init__(self, scratch: Path | None) -> None:
+    def __init__(self, scratch: Path | None, memory: int | None) -> None:
         self._scratch = scratch
+        self._longest = LONGEST_LINE if memory is None else min(LONGEST_LINE, memory // CONVERSATION)
+        self._memory = memory
         self._pieces: list[bytes] = []
         self._spilled: Spilled | None = None
         self.size = 0
 
     def add(self, piece: bytes) -> None:
         self.size += len(piece)
-        if self.size > LONGEST_LINE:
+        if self.size > self._longest:
             self.clear()
         elif self._spilled is not None:
             self._spilled.write(piece)
@@ -109,8 +103,15 @@ class _Begun:
         else:
             self._pieces.append(piece)
 
-    def line(self, number: int, at: int) -> Line:
-        return Line(number, at, b"".join(self._pieces), self._spilled)
+    def check(self) -> None:
+        """Raises ValueError for a line that was not kept."""
+        if self.size > LONGEST_LINE:
+            raise ValueError(f"a line of {self.size:,} bytes")
+        if self.size > self._longest and self._memory is not None:
+            check_size("a conversation", self.size, CONVERSATION, self._memory)
+
+    def line(self, number: int, at: int, unit: Unit) -> Line:
+        return Line(number if unit.start == 0 else None, at, b"".join(self._pieces), self._spilled)
 
     def clear(self) -> None:
         self._pieces = []
@@ -120,37 +121,57 @@ class _Begun:
 
 
 def cut(
-    path: str, content: Iterable[bytes], report: Report, at: int = 0, scratch: Path | None = None
+    unit: Unit,
+    content: Iterable[bytes],
+    report: Report,
+    at: int = 0,
+    scratch: Path | None = None,
+    memory: int | None = None,
 ) -> Iterator[Line]:
-    """Lines of a stream that comes in pieces and begins at byte `at`. The rest after a cut is reported, not given."""
-    number, begun = 1, _Begun(scratch)
+    """Lines that begin in the unit, of a stream that comes in pieces and begins at byte `at`.
+
+    The rest after a cut is reported, not given.
+    """
+    stop = math.inf if unit.stop is None else unit.stop
+    number, begun = 1, _Begun(scratch, memory)
     try:
         for piece in content:
             first, *lines = piece.split(b"\n")
             begun.add(first)
             if not lines:
                 continue
-            if begun.size > LONGEST_LINE:
-                report(Fault(path, f"byte {at}", f"a line of {begun.size:,} bytes"))
-            else:
-                yield begun.line(number, at)
+            if at >= unit.start and _is_kept(begun, unit.path, at, report):
+                yield begun.line(number, at, unit)
             number, at = number + 1, at + begun.size + 1
             begun.clear()
             last = lines.pop()
             for data in lines:
-                yield Line(number, at, data)
+                if at >= stop:
+                    return
+                if at >= unit.start:
+                    yield Line(number if unit.start == 0 else None, at, data)
                 number, at = number + 1, at + len(data) + 1
-            begun = _Begun(scratch)
+            if at >= stop:
+                return
+            begun = _Begun(scratch, memory)
             begun.add(last)
-        if begun.size > LONGEST_LINE:
-            report(Fault(path, f"byte {at}", f"a line of {begun.size:,} bytes"))
-        elif begun.size:
-            yield begun.line(number, at)
+        if begun.size and at >= unit.start and _is_kept(begun, unit.path, at, report):
+            yield begun.line(number, at, unit)
     except Damaged as damage:
-        place = f"line {number}, byte {at} of the content (byte {damage.at} of the file)"
-        report(Fault(path, place, damage.reason, ends_unit=True))
+        line = f"line {number}, " if unit.start == 0 else ""
+        place = f"{line}byte {at} of the content (byte {damage.at} of the file)"
+        report(Fault(unit.path, place, damage.reason, ends_unit=True))
     finally:
         begun.clear()
+
+
+def _is_kept(line: _Begun, path: str, at: int, report: Report) -> bool:
+    try:
+        line.check()
+    except ValueError as error:
+        report(fault_of(path, f"byte {at}", error))
+        return False
+    return True
 
 
 def row_of(line: Line, apart: Apart | None = None) -> dict[str, Any] | None:

@@ -9,11 +9,10 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from data_prep.long_text import LONG, LongText, Mapped, Spilled, long_text
+from data_prep.memory import HELD, Apart, check_size
 
 _PIECE = 1 << 20
 _LONG_STRING = LONG // 4
@@ -27,15 +26,6 @@ _HIGH_HALF = re.compile(rb"\\u[dD][89abAB]")
 Parse = Callable[[bytes], Any]
 
 
-@dataclass(frozen=True)
-class Apart:
-    """Which column of a row is not held in memory when it is long."""
-
-    column: str
-    folder: Path
-    """Takes the temporary files."""
-
-
 def short_parts(line: Spilled, parse_row: Parse) -> dict[str, Any] | None:
     """The object of a line with something else in the place of each long string; to see what fields there are."""
     with line.mapped() as mapped:
@@ -45,7 +35,7 @@ def short_parts(line: Spilled, parse_row: Parse) -> dict[str, Any] | None:
 @contextmanager
 def kept_while_used(row: Mapping[str, Any], apart: Apart | None) -> Iterator[None]:
     """The row's text that is apart, if it has one, is gone afterwards."""
-    text = None if apart is None else row.get(apart.column)
+    text = None if apart is None or apart.column is None else row.get(apart.column)
     try:
         yield
     finally:
@@ -63,12 +53,16 @@ def parse_long_object(line: Spilled, apart: Apart, parse: Parse, parse_row: Pars
         row = parse_row(b"".join(_short_parts(mapped, marks)))
         if row is None:
             return None
-        text = row.get(apart.column)
+        text = None if apart.column is None else row.get(apart.column)
         chosen = marks.pop(text, None) if isinstance(text, str) else None
+        check_size(
+            "what the line holds beside its text", sum(end - start for start, end in marks.values()), HELD, apart.memory
+        )
         others = {mark: "".join(_decoded(mapped, *place, parse)) for mark, place in marks.items()}
         row = _put_back(row, others) if others else row
         if chosen is None:
             return row
+        assert apart.column is not None
         row[apart.column] = long_text((piece.encode() for piece in _decoded(mapped, *chosen, parse)), apart.folder)
         return row
 

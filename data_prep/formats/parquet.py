@@ -3,15 +3,12 @@
 A row group may hold gigabytes, so none is ever read whole; nor is a page, where a text fills it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import repeat
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_prep.formats.files import File, Options, is_url, local, open_file
-from data_prep.formats.long_json import Apart, kept_while_used
-from data_prep.formats.parquet_pages import Page, long_pages, texts
+from data_prep.formats.parquet_pages import Page, long_pages, longest_page, may_be_long, texts
 from data_prep.formats.tables import (
     BATCH_BYTES,
     MOST_ROWS,
@@ -24,7 +21,8 @@ from data_prep.formats.tables import (
     short_reason,
 )
 from data_prep.long_text import LongText
-from data_prep.sources.base import Fault, Report, Unit
+from data_prep.memory import PAGE, Apart, TooLargeError, check_size
+from data_prep.sources.base import Fault, Report, Unit, fault_of
 
 
 def parquet_columns(file: File, options: Options) -> list[Column] | None:
@@ -74,7 +72,7 @@ def read_parquet(
             first = sum(metadata.row_group(index).num_rows for index in range(unit.start))
             names = [name for name in table.schema_arrow.names if not wanted or name in wanted]
             for index in range(unit.start, stop):
-                yield from _RowGroup(unit.path, table, index, first).rows(names, report, apart)
+                yield from _RowGroup(unit.path, options, table, index, first).rows(names, report, apart)
                 first += metadata.row_group(index).num_rows
     except ValueError as error:
         report(Fault(unit.path, "byte 0", str(error), ends_unit=True))
@@ -83,8 +81,8 @@ def read_parquet(
 class _RowGroup:
     """One row group of a file; `first` is the number of its first row in the file."""
 
-    def __init__(self, path: str, table: Any, index: int, first: int) -> None:
-        self._path, self._table, self._index, self._first = path, table, index, first
+    def __init__(self, path: str, options: Options, table: Any, index: int, first: int) -> None:
+        self._path, self._options, self._table, self._index, self._first = path, options, table, index, first
         self._group = table.metadata.row_group(index)
         self._chunks = [self._group.column(number) for number in range(self._group.num_columns)]
         self._done = 0
@@ -93,21 +91,40 @@ class _RowGroup:
         total = self._group.num_rows
         if total == 0:
             return
-        pages = None if apart is None or apart.column not in names else self._long_pages(apart.column)
         try:
-            if pages is None or apart is None:
+            if apart is None or not any(map(may_be_long, self._chunks_of(names))):
                 yield from self._from_batches(names, report, apart)
             else:
-                yield from self._from_pages(names, report, apart, pages)
+                with open_file(local(self._path), self._options) as stream:
+                    yield from self._from_large(stream, names, report, apart)
         except (arrow_package().ArrowException, OSError, ValueError) as error:
             lost = f"its rows {self._first + self._done} to {self._first + total - 1} are lost"
-            self._tell(report, f"row group {self._index}: {short_reason(error)}; {lost}")
+            reason = f"row group {self._index}: {short_reason(error)}; {lost}"
+            self._tell(report, TooLargeError(reason) if isinstance(error, TooLargeError) else ValueError(reason))
             return
         if self._done != total:
-            self._tell(report, f"row group {self._index} holds {self._done} rows, its footer says {total}")
+            self._tell(report, ValueError(f"row group {self._index} holds {self._done} rows, its footer says {total}"))
 
-    def _tell(self, report: Report, reason: str) -> None:
-        report(Fault(self._path, f"row {self._first + self._done}", reason))
+    def _tell(self, report: Report, error: ValueError) -> None:
+        report(fault_of(self._path, f"row {self._first + self._done}", error))
+
+    def _from_large(self, stream: BinaryIO, names: Sequence[str], report: Report, apart: Apart) -> Iterator[Row]:
+        column = apart.column if apart.column in names else None
+        pages = None if column is None else self._long_pages(stream, column)
+        self._check_pages(stream, [name for name in names if pages is None or name != column], apart.memory)
+        if column is None or pages is None:
+            yield from self._from_batches(names, report, apart)
+        else:
+            yield from self._from_pages(stream, names, column, report, apart, pages)
+
+    def _check_pages(self, stream: BinaryIO, names: Sequence[str], memory: int) -> None:
+        """Raises TooLargeError when pyarrow would have to unpack a page that takes more than `memory`."""
+        for chunk in self._chunks_of(names):
+            if chunk.total_uncompressed_size * PAGE > memory:
+                check_size(f"a page of column {chunk.path_in_schema!r}", longest_page(stream, chunk), PAGE, memory)
+
+    def _chunks_of(self, names: Sequence[str]) -> list[Any]:
+        return [chunk for chunk in self._chunks if chunk.path_in_schema.split(".")[0] in names]
 
     def _from_batches(self, names: Sequence[str], report: Report, apart: Apart | None) -> Iterator[Row]:
         for batch in self._batches(names):
@@ -116,48 +133,66 @@ class _RowGroup:
             del batch  # not held while the next one is unpacked
 
     def _batches(self, names: Sequence[str]) -> Iterator[Any]:
-        own = [chunk for chunk in self._chunks if chunk.path_in_schema.split(".")[0] in names]
-        size = sum(chunk.total_uncompressed_size for chunk in own)
+        size = sum(chunk.total_uncompressed_size for chunk in self._chunks_of(names))
         rows = max(1, min(MOST_ROWS, BATCH_BYTES * self._group.num_rows // max(1, size)))
         yield from self._table.iter_batches(batch_size=rows, row_groups=[self._index], columns=list(names))
 
-    def _long_pages(self, column: str) -> list[Page] | None:
-        """The pages of a column when they are to be read one by one: one is long, and its file is on a local disk."""
+    def _long_pages(self, stream: BinaryIO, column: str) -> Iterable[Page] | None:
+        """The pages of a column when they are to be read one by one."""
         kinds = arrow_package().types
         kind = self._table.schema_arrow.field(column).type
         number = next((n for n, chunk in enumerate(self._chunks) if chunk.path_in_schema == column), None)
-        if number is None or is_url(local(self._path)) or not (kinds.is_string(kind) or kinds.is_large_string(kind)):
+        if number is None or not (kinds.is_string(kind) or kinds.is_large_string(kind)):
             return None
-        with Path(local(self._path)).open("rb") as stream:
-            return long_pages(stream, self._chunks[number], self._table.schema.column(number))
+        walk = not is_url(local(self._path))
+        return long_pages(stream, self._chunks[number], self._table.schema.column(number), walk=walk)
 
-    def _from_pages(self, names: Sequence[str], report: Report, apart: Apart, pages: list[Page]) -> Iterator[Row]:
-        number = next(n for n, chunk in enumerate(self._chunks) if chunk.path_in_schema == apart.column)
+    def _from_pages(
+        self,
+        stream: BinaryIO,
+        names: Sequence[str],
+        column: str,
+        report: Report,
+        apart: Apart,
+        pages: Iterable[Page],
+    ) -> Iterator[Row]:
+        number = next(n for n, chunk in enumerate(self._chunks) if chunk.path_in_schema == column)
         optional = self._table.schema.column(number).max_definition_level == 1
-        rest = self._other_values([name for name in names if name != apart.column])
-        with Path(local(self._path)).open("rb") as stream:
-            for text in texts(stream, pages, self._chunks[number].compression, apart.folder, optional=optional):
-                others = next(rest, None)
-                if others is None:
-                    raise ValueError("its columns are not of the same length")
-                error = text if isinstance(text, UnicodeDecodeError) else others
-                if isinstance(error, ValueError):
-                    self._tell(report, str(error))
-                    if isinstance(text, LongText):
-                        text.close()
-                elif isinstance(others, Mapping):
-                    values = {name: text if name == apart.column else others[name] for name in names}
-                    with kept_while_used(values, apart):
-                        yield Row(f"row {self._first + self._done}", values)
-                self._done += 1
+        rest = self._other_values([name for name in names if name != column])
+        for text in texts(stream, pages, self._chunks[number].compression, apart.folder, optional=optional):
+            values = next(rest, None)
+            if values is None:
+                raise ValueError("its columns are not of the same length")
+            try:
+                if isinstance(text, UnicodeDecodeError):
+                    self._tell(report, text)
+                elif isinstance(values, ValueError):
+                    self._tell(report, values)
+                else:
+                    values[column] = text
+                    yield Row(f"row {self._first + self._done}", values)
+            finally:
+                if isinstance(text, LongText):
+                    text.close()
+            self._done += 1
 
-    def _other_values(self, names: Sequence[str]) -> Iterator[Mapping[str, Any] | ValueError]:
+    def _other_values(self, names: Sequence[str]) -> Iterator[dict[str, Any] | ValueError]:
         """The values of other columns, row by row; the error of a row that cannot be had."""
         if not names:
-            yield from repeat({})
+            while True:
+                yield {}
         for batch in self._batches(names):
-            for index in range(batch.num_rows):
-                try:
-                    yield {name: batch.column(name)[index].as_py() for name in names}
-                except ValueError as error:
-                    yield error
+            try:
+                columns = [batch.column(name).to_pylist() for name in names]
+            except ValueError:
+                yield from self._one_by_one(batch, names)
+            else:
+                yield from (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
+
+    @staticmethod
+    def _one_by_one(batch: Any, names: Sequence[str]) -> Iterator[dict[str, Any] | ValueError]:
+        for index in range(batch.num_rows):
+            try:
+                yield {name: batch.column(name)[index].as_py() for name in names}
+            except ValueError as error:
+                yield error

@@ -6,8 +6,9 @@ with snappy, zstd or gzip: what pyarrow, parquet-mr and the Rust and Go writers 
 Format: github.com/apache/parquet-format, README.md, Encodings.md and src/main/thrift/parquet.thrift.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,8 @@ LONG_PAGE = 8 << 20
 """Unpacked bytes from which a page is read here."""
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3
 _PLAIN, _PLAIN_DICTIONARY, _RLE, _RLE_DICTIONARY = 0, 2, 3, 8
+_ENCODINGS = {"PLAIN", "PLAIN_DICTIONARY", "RLE", "RLE_DICTIONARY"}
+"""Those of the values that are read here, and of their levels, by pyarrow's names."""
 
 Text = str | LongText | UnicodeDecodeError | None
 
@@ -41,20 +44,38 @@ class Page:
     is_compressed: bool = True
 
 
-def long_pages(stream: BinaryIO, chunk: Any, column: Any) -> list[Page] | None:
-    """The pages of a column in one row group, when one of them is long and all can be read here; else None.
+def may_be_long(chunk: Any) -> bool:
+    """Whether a column of a row group may have a long page. `chunk`: pyarrow's ColumnChunkMetaData."""
+    return bool(chunk.total_uncompressed_size >= LONG_PAGE)
 
-    `chunk`: pyarrow's ColumnChunkMetaData; `column`: its ColumnSchema, of strings.
+
+def long_pages(stream: BinaryIO, chunk: Any, column: Any, *, walk: bool) -> Iterable[Page] | None:
+    """The pages of a column in one row group, when they may be long and all can be read here; else None.
+
+    `chunk`: pyarrow's ColumnChunkMetaData; `column`: its ColumnSchema, of strings. `walk`: through all pages first, to
+    see if one is long. It takes a seek for each, so over a network all chunks that might have one count as if they had.
     """
     flat = column.max_repetition_level == 0 and column.max_definition_level <= 1
-    if chunk.total_uncompressed_size < LONG_PAGE or not flat or chunk.compression not in UNPACKERS:
+    if not may_be_long(chunk) or not flat or chunk.compression not in UNPACKERS:
         return None
     try:
+        if not walk:
+            first = list(islice(_pages(stream, chunk), 2))  # a dictionary has a page of its own before the others
+            known = _ENCODINGS.issuperset(chunk.encodings) and all(_is_known(page) for page in first)
+            return _pages(stream, chunk) if known else None
         pages = list(_pages(stream, chunk))
     except ValueError:  # what is wrong with it is for pyarrow to say
         return None
     known = all(_is_known(page) for page in pages)
     return pages if known and any(page.unpacked_size >= LONG_PAGE for page in pages) else None
+
+
+def longest_page(stream: BinaryIO, chunk: Any) -> int:
+    """Unpacked bytes of a chunk's longest page, of any kind of column. 0 where no headers are found."""
+    try:
+        return max((page.unpacked_size for page in _pages(stream, chunk)), default=0)
+    except ValueError:
+        return 0
 
 
 def _is_known(page: Page) -> bool:
@@ -96,7 +117,7 @@ def _page(fields: dict[int, Any], at: int) -> Page:
     return Page(kind, at, size, unpacked_size, 0, _PLAIN)
 
 
-def texts(stream: BinaryIO, pages: Sequence[Page], codec: str, folder: Path, *, optional: bool) -> Iterator[Text]:
+def texts(stream: BinaryIO, pages: Iterable[Page], codec: str, folder: Path, *, optional: bool) -> Iterator[Text]:
     """The values of the pages, one a row; long ones in files in `folder`, to be closed by who gets them.
 
     `optional`: values may be null. One that is not UTF-8 is the error that says so. Raises ValueError for a page that
@@ -137,16 +158,42 @@ def _data(
             levels = stream.read(page.levels)
         present = runs(levels, 1, page.values).astype(bool)
     count = int(present.sum())
-    if page.encoding == _PLAIN:
-        values: Iterator[Text] = (_plain(cursor, folder) for _ in range(count))
+    values: Iterator[Text]
+    if page.encoding == _PLAIN and page.unpacked_size < LONG_PAGE:
+        values = iter(_short_page(cursor.rest(), count, folder))
+    elif page.encoding == _PLAIN:
+        values = (_plain(cursor, folder) for _ in range(count))
     elif dictionary is None:
         raise ValueError("its dictionary is missing")
     else:
         width = cursor.exactly(1)[0] if count else 0
         indices = runs(cursor.rest(), width, count) if width else np.zeros(count, np.int64)
         values = map(dictionary.text, indices.tolist())
+    if count == page.values:
+        yield from values
+        return
     for there in present:
         yield next(values) if there else None
+
+
+def _short_page(data: bytes, count: int, folder: Path) -> list[Text]:
+    """`_plain` of all values of a page that is held."""
+    found: list[Text] = []
+    at = 0
+    for _ in range(count):
+        start = at + 4
+        at = start + int.from_bytes(data[at:start], "little")
+        if start > len(data) or at > len(data):
+            raise ValueError(f"{at - len(data)} bytes are missing at the end")
+        found.append(_decoded(data[start:at]) if at - start <= LONG else _long(data[start:at], folder))
+    return found
+
+
+def _long(value: bytes, folder: Path) -> LongText | UnicodeDecodeError:
+    try:
+        return long_text((value,), folder)
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _plain(cursor: Cursor, folder: Path) -> Text:

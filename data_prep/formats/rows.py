@@ -9,10 +9,11 @@ from data_prep.formats.compression import bare_name, codec_of
 from data_prep.formats.files import File, Options, find_files
 from data_prep.formats.gzip_parts import GzipParts
 from data_prep.formats.lines import fields_of, read_lines, row_of, split_lines_file
-from data_prep.formats.long_json import Apart, kept_while_used
+from data_prep.formats.long_json import kept_while_used
 from data_prep.formats.parquet import parquet_columns, read_parquet, split_parquet
 from data_prep.formats.tables import Column, Row
-from data_prep.sources.base import Fault, Report, Unit
+from data_prep.memory import Apart
+from data_prep.sources.base import Report, Unit, fault_of
 
 _FORMATS = {
     ".jsonl": "json",
@@ -79,7 +80,8 @@ def read_rows(
 ) -> Iterator[Row]:
     """Rows of a unit with at least those of the `wanted` columns that exist; bad ones are reported.
 
-    `apart`: a long text of this column is a LongText, gone when the next row is asked for; None: all are strings.
+    `apart`: a long text of its column is a LongText, gone when the next row is asked for; None: all are strings, of any
+    length.
     """
     kind = format_of(unit.path)
     if kind == "parquet":
@@ -91,17 +93,18 @@ def read_rows(
 
 
 def _json_rows(unit: Unit, report: Report, options: Options, apart: Apart | None) -> Iterator[Row]:
-    scratch = None if apart is None else apart.folder
+    scratch = None if apart is None or apart.column is None else apart.folder
+    memory = None if apart is None or apart.column is not None else apart.memory
     if unit.start > 0 and codec_of(unit.path) == "gzip":
         parts = GzipParts(unit.path, (find_files("", unit.path, "", options)[0],), options)
-        lines = parts.lines(unit, report, scratch=scratch)
+        lines = parts.lines(unit, report, scratch=scratch, memory=memory)
     else:
-        lines = read_lines(unit, report, options, scratch)
+        lines = read_lines(unit, report, options, scratch, memory)
     for line in lines:
         try:
             found = row_of(line, apart)
         except ValueError as error:
-            report(Fault(unit.path, line.where, str(error)))
+            report(fault_of(unit.path, line.where, error))
             continue
         if found is not None:
             with kept_while_used(found, apart):

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from data_prep.formats.files import File
-from data_prep.formats.long_json import Apart, kept_while_used
+from data_prep.formats.long_json import kept_while_used
 from data_prep.long_text import LONG, long_text
-from data_prep.sources.base import Fault, Report, Unit
+from data_prep.memory import HELD, Apart, check_size
+from data_prep.sources.base import Report, Unit, fault_of
 from ouro_megatron.errors import DataError
 
 BATCH_BYTES = 8 << 20
@@ -74,7 +75,7 @@ def rows_in(path: str, batch: Any, first: int, report: Report, apart: Apart | No
 def _rows_of(path: str, batch: Any, first: int, report: Report, apart: Apart | None) -> Iterator[Row]:
     """Rows of one batch; one whose text is not UTF-8 is reported."""
     names = batch.schema.names
-    if apart is not None and _has_long(batch, apart.column):
+    if apart is not None and (_has_long(batch, apart.column) or _held_bytes(batch, apart) * HELD > apart.memory):
         yield from _one_by_one(path, batch, first, report, apart)
         return
     try:
@@ -86,10 +87,16 @@ def _rows_of(path: str, batch: Any, first: int, report: Report, apart: Apart | N
         yield Row(f"row {first + index}", dict(zip(names, values, strict=True)))
 
 
-def _has_long(batch: Any, column: str) -> bool:
+def _held_bytes(batch: Any, apart: Apart) -> int:
+    """Bytes of what is not kept in files."""
+    columns = zip(batch.schema.names, batch.columns, strict=True)
+    return sum(column.nbytes for name, column in columns if name != apart.column)
+
+
+def _has_long(batch: Any, column: str | None) -> bool:
     """Whether the text of a row is to be kept apart."""
     pa = arrow_package()
-    if column not in batch.schema.names:
+    if column is None or column not in batch.schema.names:
         return False
     try:
         longest = pa.compute.max(pa.compute.binary_length(batch.column(column))).as_py()
@@ -101,9 +108,11 @@ def _has_long(batch: Any, column: str) -> bool:
 def _one_by_one(path: str, batch: Any, first: int, report: Report, apart: Apart | None) -> Iterator[Row]:
     for index in range(batch.num_rows):
         try:
+            if apart is not None:
+                check_size("a row", _held_bytes(batch.slice(index, 1), apart), HELD, apart.memory)
             values = {name: _value(batch, name, index, apart) for name in batch.schema.names}
-        except (UnicodeDecodeError, ValueError) as error:
-            report(Fault(path, f"row {first + index}", str(error)))
+        except ValueError as error:
+            report(fault_of(path, f"row {first + index}", error))
             continue
         with kept_while_used(values, apart):
             yield Row(f"row {first + index}", values)

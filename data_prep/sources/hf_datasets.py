@@ -4,25 +4,32 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from data_prep.formats.compression import bare_name
+from data_prep.formats.files import File, find_files
 from data_prep.formats.remote_errors import describe, explain, is_of_the_network
-from data_prep.formats.tables import rows_in
+from data_prep.formats.rows import format_of
+from data_prep.formats.tables import Row, rows_in
+from data_prep.memory import Apart
 from data_prep.sources.base import Document, Fault, Report, Unit
 from data_prep.sources.chat_rows import key_of, list_of, messages_of, pair_of
-from data_prep.sources.tabular import TextTable, is_taken
+from data_prep.sources.tabular import TextTable
 from ouro_megatron.errors import DataError
 
 _ROWS = 1000
 """Rows taken at one time from a dataset on disk, where their text stays."""
 _STREAMED_ROWS = 100
+_LINES = (".jsonl", ".ndjson")
+"""Files of these names hold an object a line; .json may be one array."""
 
 
 class HuggingFaceDataset(TextTable):
     """A dataset by its Hub id, or a folder: one of data files, or one that `save_to_disk` made.
 
-    Rows without the text column that hold a conversation are read as such. Hub datasets are streamed: a unit is a
-    shard as the library counts them.
+    Data files in parquet, Arrow or JSON lines are read as those of the kinds `parquet`, `arrow` and `jsonl` are: in
+    ranges, and without holding a long text. What else the library knows is streamed by it: a unit is then a shard as it
+    counts them.
     """
 
     kind: Literal["datasets"]
@@ -40,16 +47,25 @@ class HuggingFaceDataset(TextTable):
     chat: bool = False
     """Rows are conversations."""
 
+    fallback_keys: ClassVar[tuple[str, ...]] = ("url", "id")
+
     def units(self, target_bytes: int) -> list[Unit]:
-        revision = self._commit()
-        dataset = self._open(revision)
-        names = list(dataset.column_names or next(iter(dataset), {}))
-        self._check(names)
         if self._saved():
-            return self._row_ranges(dataset, target_bytes)
+            saved = self._load_saved()
+            self._check(saved.column_names)
+            return self._row_ranges(saved, target_bytes)
+        revision = self._commit()
+        builder = self._builder(revision)
+        files = self._data_files(builder)
+        if files is not None:
+            for _, columns in self.sample_columns(files):
+                self._check([column.name for column in columns])
+            return self.units_of(files, target_bytes)
+        streamed = self._streamed(builder)
+        self._check(list(streamed.column_names or next(iter(streamed), {})))
         # What a shard weighs is known for some datasets only; otherwise each counts as a unit of the wanted size.
-        size = (dataset.info.download_size or 0) // dataset.num_shards or target_bytes
-        return [Unit(self.path, size, index, index + 1, revision or "") for index in range(dataset.num_shards)]
+        size = (streamed.info.download_size or 0) // streamed.num_shards or target_bytes
+        return [Unit(self.path, size, index, index + 1, revision or "") for index in range(streamed.num_shards)]
 
     def _saved(self) -> bool:
         folder = Path(self.path)
@@ -65,7 +81,7 @@ class HuggingFaceDataset(TextTable):
             return self.revision
         try:
             from huggingface_hub import HfApi
-        except ImportError:  # `_open` names what is missing
+        except ImportError:  # `_library` names what is missing
             return self.revision
         try:
             return HfApi().dataset_info(self.path, revision=self.revision).sha
@@ -97,64 +113,101 @@ class HuggingFaceDataset(TextTable):
                 f"source {self.name}: {self.path} has no column {self.text!r}, but: {', '.join(names)}.{hint}"
             )
 
-    def _open(self, revision: str | None) -> Any:
-        """Raises DataError when the library is missing or cannot open it."""
+    def _load_saved(self) -> Any:
+        library = _library()
         try:
-            import datasets
-        except ImportError as error:
-            raise DataError(
-                'kind: datasets needs the library `datasets`; install it with: pip install "ouro-megatron[data]"'
-            ) from error
-        datasets.disable_progress_bars()
+            found = library.load_from_disk(self.path, storage_options=dict(self.storage_options) or None)
+            return found[self.split] if isinstance(found, library.DatasetDict) else found
+        except Exception as error:  # the library raises many kinds
+            raise self._cannot_open(error) from error
+
+    def _builder(self, revision: str | None) -> Any:
+        """What knows the dataset's files. Raises DataError when the library is missing or cannot open it."""
+        library = _library()
         try:
-            if self._saved():
-                found = datasets.load_from_disk(self.path, storage_options=dict(self.storage_options) or None)
-                return found[self.split] if isinstance(found, datasets.DatasetDict) else found
-            return datasets.load_dataset(self.path, self.config, split=self.split, revision=revision, streaming=True)
+            return library.load_dataset_builder(self.path, self.config, revision=revision)
         except Exception as error:  # the library and the Hub client raise many kinds
             raise self._cannot_open(error) from error
 
+    def _streamed(self, builder: Any) -> Any:
+        try:
+            return builder.as_streaming_dataset(split=self.split)
+        except Exception as error:  # as above
+            raise self._cannot_open(error) from error
+
+    def _data_files(self, builder: Any) -> list[File] | None:
+        """The split's files, when our readers give the rows that the library would; None when it must read them."""
+        module = type(builder).__module__.rpartition(".")[2]
+        paths = [str(path) for path in (builder.config.data_files or {}).get(self.split, ())]
+        if not paths or not all(_is_read_here(path, module) for path in paths):
+            return None
+        folders = dict.fromkeys(path.rpartition("/")[0] for path in paths)
+        listed = [file for folder in folders for file in find_files(self.name, folder, "*", self.storage_options)]
+        found = {file.path: file for file in listed}
+        return [found[path] for path in paths] if found.keys() >= set(paths) else None
+
+    def apart(self, column: str | None) -> Apart | None:
+        return super().apart(None if self.chat else column)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return () if self.chat else super().wanted
+
     def read(self, unit: Unit, report: Report) -> Iterator[Document]:
-        keys = (self.key,) if self.key is not None else ("url", "id")
-        place = "" if self._saved() else f"shard {unit.start}, "
+        if unit.path != self.path:
+            yield from super().read(unit, report)
+            return
 
         def report_here(fault: Fault) -> None:
-            report(replace(fault, where=place + fault.where))
+            report(fault if self._saved() else replace(fault, where=f"shard {unit.start}, {fault.where}"))
 
+        yield from self.documents_of(self._library_rows(unit, report_here), unit, report_here)
+
+    def _library_rows(self, unit: Unit, report: Report) -> Iterator[Row]:
         number = unit.start if self._saved() else 0
         try:
             for table in self._tables(unit):
                 for batch in table.to_batches():
-                    for where, row in rows_in(unit.path, batch, number, report_here, self.apart()):
-                        if not self.is_kept(row):
-                            continue
-                        try:
-                            document = self._conversation(row) if self.chat else self.document(row, keys)
-                        except (ValueError, RecursionError) as error:
-                            report_here(Fault(unit.path, where, str(error)))
-                            continue
-                        if is_taken(document, self.take):
-                            yield document
+                    yield from rows_in(unit.path, batch, number, report, self.apart(self.text))
                     number += batch.num_rows
         except DataError:
             raise
         except Exception as error:  # what a broken file raises depends on the builder that reads it
             if self._on_hub and is_of_the_network(error):  # no fault of the file, so nothing of it may be left out
-                where = f"{place}row {number}"
-                raise DataError(f"{unit.path}, {where}: {explain(f'hf://datasets/{self.path}', error)}") from error
-            report_here(Fault(unit.path, f"row {number}", describe(error), ends_unit=True))
+                where = f"{unit.path}, shard {unit.start}, row {number}"
+                raise DataError(f"{where}: {explain(f'hf://datasets/{self.path}', error)}") from error
+            report(Fault(unit.path, f"row {number}", describe(error), ends_unit=True))
 
     def _tables(self, unit: Unit) -> Iterator[Any]:
         """pyarrow's tables, one after the other."""
-        dataset = self._open(unit.stamp or self.revision).with_format("arrow")
         if not self._saved():
-            yield from dataset.shard(num_shards=dataset.num_shards, index=unit.start).iter(batch_size=_STREAMED_ROWS)
+            streamed = self._streamed(self._builder(unit.stamp or self.revision)).with_format("arrow")
+            yield from streamed.shard(num_shards=streamed.num_shards, index=unit.start).iter(batch_size=_STREAMED_ROWS)
             return
+        dataset = self._load_saved().with_format("arrow")
         stop = len(dataset) if unit.stop is None else unit.stop
         for start in range(unit.start, stop, _ROWS):
             yield dataset[start : min(start + _ROWS, stop)]
 
-    @staticmethod
-    def _conversation(row: dict[str, Any]) -> Document:
+    def document(self, row: dict[str, Any], keys: Sequence[str]) -> Document:
+        if not self.chat:
+            return super().document(row, keys)
         messages = messages_of(row)
         return Document(key_of(messages), "", messages=messages)
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            'kind: datasets needs the library `datasets`; install it with: pip install "ouro-megatron[data]"'
+        ) from error
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _is_read_here(path: str, module: str) -> bool:
+    """Whether a file that this module of the library's would read is one of ours."""
+    kind = format_of(path)
+    return module == kind and (kind != "json" or bare_name(path).endswith(_LINES))

@@ -11,7 +11,7 @@ from data_prep.formats.files import File, find_files
 from data_prep.formats.gzip_parts import GzipParts
 from data_prep.formats.lines import fields_of, row_of
 from data_prep.formats.long_json import kept_while_used
-from data_prep.sources.base import Document, Fault, Report, Unit
+from data_prep.sources.base import Document, Fault, Report, Unit, fault_of
 from data_prep.sources.tabular import TextTable, is_taken
 from ouro_megatron.errors import DataError
 
@@ -109,21 +109,20 @@ class MapCC(TextTable):
         stream = next((stream for stream in self.gzip_streams() if stream.path == unit.path), None)
         if stream is None:
             raise DataError(f"source {self.name}: {unit.path} is not there any more")
-        keys = (self.key,) if self.key is not None else self.fallback_keys
-        apart = self.apart()
+        apart = self.apart(self.text)
         for line in stream.lines(unit, report, cut_is_expected=self.partial, scratch=self._scratch):
             try:
                 row = row_of(line, apart)
             except (ValueError, RecursionError) as error:
-                report(Fault(unit.path, line.where, str(error)))
+                report(fault_of(unit.path, line.where, error))
                 continue
             if row is None or not self.is_kept(row):
                 continue
             with kept_while_used(row, apart):
                 try:
-                    document = self.document(row, keys)
+                    document = self.document(row, self._keys)
                 except ValueError as error:
-                    report(Fault(unit.path, line.where, str(error)))
+                    report(fault_of(unit.path, line.where, error))
                     continue
                 if is_taken(document, self.take):
                     yield document

@@ -2,11 +2,12 @@
 
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from data_prep.formats.files import File
-from data_prep.formats.long_json import Apart
+from data_prep.long_text import LongText
+from data_prep.memory import CONVERSATION, check_size
 from data_prep.sources.base import Document
 from data_prep.sources.chat_rows import Messages, checked
 from data_prep.sources.tabular import TextTable, text_of
@@ -37,17 +38,22 @@ class NemotronSft(TextTable):
             )
         return own or found
 
-    def apart(self) -> Apart | None:
-        return None if self.roles else super().apart()
-
     def document(self, row: dict[str, Any], keys: Sequence[str]) -> Document:
         if self.roles:
-            messages = self.turns(text_of(row, self.text))
+            messages = self.turns(self._held(row))
             if messages is not None:
                 row.pop(self.text)
                 key = next((str(row[name]) for name in keys if row.get(name) not in (None, "")), messages[0]["content"])
                 return Document(key, "", fields=row, messages=messages)
         return super().document(row, keys)
+
+    def _held(self, row: Mapping[str, Any]) -> str:
+        """The whole text. Raises TooLargeError when it is too long for a conversation."""
+        text = row.get(self.text)
+        if not isinstance(text, LongText):
+            return text_of(row, self.text)
+        check_size("a conversation", text.size, CONVERSATION, self._memory)
+        return text.whole()
 
     @abstractmethod
     def turns(self, text: str) -> Messages | None:

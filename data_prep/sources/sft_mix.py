@@ -73,4 +73,5 @@ class SftMix(SourceBase):
                 for file in member.files():
                     self._own(file.path, number)
         member = self.sets[self._owners[unit.path]]
+        member = member.with_scratch(self._scratch, self._memory)
         yield from member.model_copy(update={"take": member.take * self.take}).read(unit, report)

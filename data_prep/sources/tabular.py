@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, ClassVar
 
@@ -11,11 +11,10 @@ from pydantic import Field, model_validator
 from data_prep.formats.compression import codec_of
 from data_prep.formats.files import File, find_files, is_url
 from data_prep.formats.gzip_parts import GzipParts
-from data_prep.formats.long_json import Apart
 from data_prep.formats.rows import columns_of, format_of, read_rows, split_file
-from data_prep.formats.tables import Column
+from data_prep.formats.tables import Column, Row
 from data_prep.long_text import LongText
-from data_prep.sources.base import Document, Fault, Report, SourceBase, Unit
+from data_prep.sources.base import Document, Report, SourceBase, Unit, fault_of
 from ouro_megatron.errors import DataError
 
 _NUMBERED = re.compile(r"^(?P<stem>.*?)-?(?P<index>\d+)-of-(?P<total>\d+)(?P<suffix>.*)$")
@@ -174,25 +173,32 @@ class TextTable(FileSource):
             return f"{message} {self.metadata_only}"
         return f"{message} Set `text` to the column of the text; a subset with metadata only cannot be used."
 
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        return (self.key,) if self.key is not None else self.fallback_keys
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Columns that are read where they exist; () for all."""
+        return (self.text, *self._keys, *self.fields, *self.where)
+
     def read(self, unit: Unit, report: Report) -> Iterator[Document]:
-        keys = (self.key,) if self.key is not None else self.fallback_keys
-        wanted = (self.text, *keys, *self.fields, *self.where)
-        rows = read_rows(unit, wanted, report, self.storage_options, self.apart())
+        rows = read_rows(unit, self.wanted, report, self.storage_options, self.apart(self.text))
+        yield from self.documents_of(rows, unit, report)
+
+    def documents_of(self, rows: Iterable[Row], unit: Unit, report: Report) -> Iterator[Document]:
+        """Those of rows of one unit. What is wrong with a row goes to `report`."""
         share = self.share(unit)
         for where, row in rows:
             if self.where and not self.is_kept(row):
                 continue
             try:
-                document = self.document(row, keys)
+                document = self.document(row, self._keys)
             except (ValueError, RecursionError) as error:
-                report(Fault(unit.path, where, str(error)))
+                report(fault_of(unit.path, where, error))
                 continue
             if is_taken(document, share):
                 yield document
-
-    def apart(self) -> Apart | None:
-        """What of the rows is not held in memory when it is long."""
-        return None if self._scratch is None else Apart(self.text, self._scratch)
 
     def share(self, unit: Unit) -> float:
         """Share of the unit's documents to use."""

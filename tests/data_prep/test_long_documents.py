@@ -125,6 +125,8 @@ def test_the_same_bytes_whatever_is_held(tmp_path: Path, monkeypatch: pytest.Mon
         ("one word", (4, 40), 0.7),
         ("parquet", (4, 40), 0.7),  # 3.8 where pyarrow unpacks the page
         ("parquet, plain", (4, 40), 0.7),
+        ("parquet, URL", (4, 40), 0.7),
+        ("dataset's parquet", (4, 40), 0.7),
         ("saved dataset", (4, 40), 2.0),  # the pages of the mapped file, which the kernel can take back
         ("ProLong, joined", (2, 6), 3.5),
         ("slow path", (2, 8), 4.0),  # 130 in one piece

@@ -154,15 +154,31 @@ def test_line_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "LONGEST_LINE", 10)
     faults: list[Fault] = []
     pieces = [b"ab\n01234", b"56789", b"xyz\ncd", b"\n", b"0123456789abc"]
-    assert [line.data for line in cut("p", pieces, faults.append)] == [b"ab", b"cd"]
+    assert [line.data for line in cut(Unit("p", 0), pieces, faults.append)] == [b"ab", b"cd"]
     assert [fault.where for fault in faults] == ["byte 3", "byte 20"]
+
+
+def test_a_line_that_is_too_long_is_one_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the range it begins in, however many ranges it reaches through."""
+    monkeypatch.setattr(lines, "LONGEST_LINE", 10)
+    monkeypatch.setattr(lines, "_PIECE", 8)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"ab\n" + b"x" * 100 + b"\ncd\n" + b"y" * 50 + b"\nef")
+    size = path.stat().st_size
+    for step in (1, 2, 7, 30, 103, 104, 105, 1000):
+        faults: list[Fault] = []
+        found: list[bytes] = []
+        for start in range(0, size, step):
+            unit = Unit(str(path), step, start, min(size, start + step))
+            found += [line.data for line in read_lines(unit, faults.append, {})]
+        assert found == [b"ab", b"cd", b"ef"] and [fault.where for fault in faults] == ["byte 3", "byte 107"]
 
 
 def test_long_line_over_many_pieces() -> None:
     """A document of 20 MB on one line, in pieces of 1 kB: joined once, not once a piece."""
     piece = b"x" * 1024
     content = [b'{"text": "', *[piece] * 20_000, b'"}\n', b"{}\n"]
-    found = list(cut("p", content, list[Fault]().append))
+    found = list(cut(Unit("p", 0), content, list[Fault]().append))
     assert [len(line.data) for line in found] == [20_000 * 1024 + 12, 2]
 
 

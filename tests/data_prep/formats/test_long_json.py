@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from data_prep.formats import long_json
 from data_prep.formats.lines import parse_object, parse_value
-from data_prep.formats.long_json import Apart, parse_long_object, short_parts
+from data_prep.formats.long_json import parse_long_object, short_parts
 from data_prep.long_text import LongText, Spilled
+from data_prep.memory import Apart
 
 
 def spilled(data: bytes, folder: Path) -> Spilled:

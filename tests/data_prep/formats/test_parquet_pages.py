@@ -2,6 +2,7 @@
 
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import pytest
 
 from data_prep.formats import parquet_pages, tables, unpack
 from data_prep.formats.files import local_file
-from data_prep.formats.long_json import Apart
 from data_prep.formats.parquet_pages import long_pages, runs
 from data_prep.formats.rows import read_rows
 from data_prep.formats.thrift import read_struct
 from data_prep.formats.unpack import Cursor, unpacked
 from data_prep.long_text import LongText
+from data_prep.memory import Apart
 from data_prep.sources.base import Fault
 
 CODECS = ["none", "snappy", "gzip", "zstd"]
@@ -42,11 +43,14 @@ def some_texts(seed: int, count: int, *, nulls: bool) -> list[str | None]:
     return found + choose.choices(found, k=count // 2)  # for dictionaries
 
 
-def read(path: Path, wanted: tuple[str, ...], folder: Path) -> tuple[list[dict[str, Any]], list[Fault], int]:
+def read(
+    path: Path, wanted: tuple[str, ...], folder: Path, scheme: str = ""
+) -> tuple[list[dict[str, Any]], list[Fault], int]:
     """Rows with texts as strings, faults, and how many texts were kept apart."""
     faults: list[Fault] = []
     found, apart = [], 0
-    for row in read_rows(local_file(path).unit(), wanted, faults.append, {}, Apart("text", folder)):
+    unit = replace(local_file(path).unit(), path=f"{scheme}{path}")
+    for row in read_rows(unit, wanted, faults.append, {}, Apart("text", folder)):
         values = dict(row.values)
         if isinstance(values.get("text"), LongText):
             values["text"] = values["text"].whole()
@@ -81,9 +85,10 @@ def test_the_same_rows_as_pyarrow(tmp_path: Path, codec: str, version: str, dict
             dictionary_pagesize_limit=limit,
             write_batch_size=8,
         )
-        found, faults, apart = read(path, ("text", "n", "other"), tmp_path)
-        assert found == pq.read_table(path).to_pylist() and not faults
-        assert apart == sum(text is not None and len(text.encode()) > 300 for text in texts)
+        for scheme in ("", "local://"):  # a URL's pages are read one after the other, whether one is long or not
+            found, faults, apart = read(path, ("text", "n", "other"), tmp_path, scheme)
+            assert found == pq.read_table(path).to_pylist() and not faults
+            assert apart == sum(text is not None and len(text.encode()) > 300 for text in texts)
     assert read(path, ("text",), tmp_path)[0] == [{"text": text} for text in texts]
 
 
@@ -109,12 +114,15 @@ def test_a_column_that_must_not_be_null(tmp_path: Path) -> None:
 )
 def test_what_is_left_to_pyarrow(tmp_path: Path, column: pa.Array, settings: dict[str, Any]) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", **settings)
-    assert read(tmp_path / "a.parquet", (), tmp_path)[0] == [{"text": value} for value in column.to_pylist()]
+    for scheme in ("", "local://"):
+        found, faults, _ = read(tmp_path / "a.parquet", (), tmp_path, scheme)
+        assert found == [{"text": value} for value in column.to_pylist()] and not faults
 
 
 @pytest.mark.usefixtures("small_sizes")
 @pytest.mark.parametrize("dictionary", [False, True])
-def test_a_text_that_is_no_utf8_is_one_fault(tmp_path: Path, dictionary: bool) -> None:
+@pytest.mark.parametrize("scheme", ["", "local://"])
+def test_a_text_that_is_no_utf8_is_one_fault(tmp_path: Path, dictionary: bool, scheme: str) -> None:
     good = [b"a" * 900, "é".encode() * 500, b"short"]
     values = [good[0], b"b" * 500 + b"\xff" + b"c" * 400, good[1], b"\xff", good[2]]
     path = tmp_path / "a.parquet"
@@ -122,7 +130,7 @@ def test_a_text_that_is_no_utf8_is_one_fault(tmp_path: Path, dictionary: bool) -
     schema = pa.schema([("text", pa.string()), ("n", pa.int64())])
     strings = pa.Table.from_arrays([binary["text"].chunk(0).view(pa.string()), binary["n"]], schema=schema)
     pq.write_table(strings, path, use_dictionary=dictionary)
-    found, faults, _ = read(path, (), tmp_path)
+    found, faults, _ = read(path, (), tmp_path, scheme)
     assert found == [{"text": text.decode(), "n": n} for text, n in zip(good, (0, 2, 4), strict=True)]
     assert [fault.where for fault in faults] == ["row 1", "row 3"]
     assert all("0xff" in fault.reason and not fault.ends_unit for fault in faults)
@@ -148,7 +156,7 @@ def test_broken_bytes_never_take_other_row_groups_along(tmp_path: Path, codec: s
         path.write_bytes(broken)
         if not _footer_is_whole(path):
             continue
-        found, faults, _ = read(path, (), tmp_path)
+        found, faults, _ = read(path, (), tmp_path, choose.choice(["", "local://"]))
         assert [row["text"] for row in found[:45]] == texts[:45]
         assert [row["text"] for row in found[-45:]] == texts[90:]
         assert all(fault.where.startswith("row ") and not fault.ends_unit for fault in faults)
@@ -169,14 +177,14 @@ def test_short_pages_and_other_files_are_left_to_pyarrow(tmp_path: Path) -> None
     file = pq.ParquetFile(path)
     chunk, column = file.metadata.row_group(0).column(0), file.schema.column(0)
     with path.open("rb") as stream:
-        pages = long_pages(stream, chunk, column)
-    assert pages is not None and sum(page.unpacked_size > (8 << 20) for page in pages) == 1
+        pages = long_pages(stream, chunk, column, walk=True)
+    assert isinstance(pages, list) and sum(page.unpacked_size > (8 << 20) for page in pages) == 1
     pq.write_table(pa.table({"text": [f"{n:9d}" * 300 for n in range(9000)]}), path, use_dictionary=False)
     file = pq.ParquetFile(path)
     with path.open("rb") as stream:  # 24 MB, and no page is long
-        assert long_pages(stream, file.metadata.row_group(0).column(0), file.schema.column(0)) is None
+        assert long_pages(stream, file.metadata.row_group(0).column(0), file.schema.column(0), walk=True) is None
     with io.BytesIO(b"\0" * 100) as nothing:
-        assert long_pages(nothing, chunk, column) is None
+        assert long_pages(nothing, chunk, column, walk=True) is None
 
 
 @pytest.mark.parametrize("width", [1, 3, 8, 11])

@@ -12,9 +12,9 @@ import pytest
 from data_prep.fixtures.writers import write_parquet, write_saved_dataset
 from data_prep.formats import tables
 from data_prep.formats.files import local_file
-from data_prep.formats.long_json import Apart
 from data_prep.formats.rows import columns_of, read_rows, split_file
 from data_prep.long_text import LongText
+from data_prep.memory import Apart
 from data_prep.sources.base import Fault
 
 ROWS = [{"text": f"document {number} " * 5, "n": number} for number in range(30)]

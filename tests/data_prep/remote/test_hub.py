@@ -1,5 +1,6 @@
 """Datasets of the Hub: a small server of its interface on this machine, read through huggingface_hub and `datasets`."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,11 +189,25 @@ def test_the_datasets_library_by_a_hub_id(hub: Hub, corpora: Corpora, tmp_path: 
     assert [(d.text, d.key) for d in documents] == [(d.text, d.key) for d in expected] and not faults
     # A unit names the commit that it was listed at, whatever the branch is at when it is read.
     (main, *_), (tagged, *_) = (source_of({**settings, **more}).units(1) for more in ({}, {"revision": "v1"}))
-    assert len(main.stamp) == len(tagged.stamp) == 40 and main.stamp != tagged.stamp
+    commits = [re.fullmatch(r"hf://datasets/acme/table@([0-9a-f]{40})/.*parquet", unit.path) for unit in (main, tagged)]
+    assert all(commits) and main.path != tagged.path
     # What a service refuses is no fault of a file, which a run would go on without.
     hub.datasets["acme/table"].readers = frozenset()
     with pytest.raises(DataError, match=r"acme/table.*: gated: accept its terms"):
         list(source_of(settings).read(main, list[Any]().append))
+
+
+def test_a_dataset_that_the_library_reads(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,url\none,u1\ntwo,u2\n")
+    hub.datasets["acme/csv"] = Repository({"main": tmp_path})
+    settings = {"kind": "datasets", "path": "acme/csv"}
+    documents, faults = read_all(settings)
+    assert [(d.text, d.key) for d in documents] == [("one", "u1"), ("two", "u2")] and not faults
+    (unit,) = source_of(settings).units(1)
+    assert unit.path == "acme/csv" and len(unit.stamp) == 40
+    hub.datasets["acme/csv"].readers = frozenset()
+    with pytest.raises(DataError, match=r"acme/csv.*: gated: accept its terms"):
+        list(source_of(settings).read(unit, list[Any]().append))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sources behind fsspec URLs, reads that fail for a while, and the `datasets` library."""
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,7 +158,35 @@ def test_a_text_that_is_no_utf8_in_a_dataset(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
     documents, faults = read_all({"kind": "datasets", "path": str(tmp_path)})
     assert [document.text for document in documents] == ["good", "fine"]
-    assert [fault.where for fault in faults] == ["shard 0, row 1"] and "0xff" in faults[0].reason
+    assert [fault.where for fault in faults] == ["row 1"] and "0xff" in faults[0].reason
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl", "jsonl.gz", "json", "csv"])
+def test_datasets_of_data_files(tmp_path: Path, kind: str) -> None:
+    """Files that our readers know are theirs, in ranges; the library streams the others. The rows are the same."""
+    rows = [{"text": f"document {number}, é", "url": f"u{number}"} for number in range(60)]
+    whole = datasets.Dataset.from_list(rows)
+    (tmp_path / "data").mkdir()
+    for name in ("train-0", "test-0"):
+        file = tmp_path / "data" / f"{name}.{kind}"
+        if kind == "parquet":
+            pq.write_table(whole.data.table, file, row_group_size=20)
+        elif kind == "arrow":
+            with pa.OSFile(str(file), "wb") as out, pa.ipc.new_stream(out, whole.data.schema) as stream:
+                stream.write_table(whole.data.table)
+        elif kind == "csv":
+            whole.to_csv(file)
+        elif kind == "json":
+            file.write_text(json.dumps(rows))
+        else:
+            content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            file.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    settings = {"kind": "datasets", "path": str(tmp_path)}
+    found, faults = read_all(settings, 1000)
+    assert [(d.text, d.key) for d in found] == [(row["text"], row["url"]) for row in rows] and not faults
+    units = source_of(settings).units(500)
+    assert all((unit.path == str(tmp_path)) == (kind in ("json", "csv")) for unit in units)
+    assert len(units) > 1 or kind not in ("parquet", "jsonl")
 
 
 def test_datasets_streams_and_conversations(tmp_path: Path) -> None:

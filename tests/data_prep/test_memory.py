@@ -1,0 +1,165 @@
+"""Documents that must be held in one piece and take more memory than is allowed: faults, until more is allowed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.formats import lines as line_files
+from data_prep.formats import long_json, parquet_pages, tables
+from data_prep.look import stats
+from data_prep.sources import text_folder
+from ouro_megatron.data.indexed import read_manifest
+from ouro_megatron.errors import DataError
+from tests.data_prep.test_byte_level import needs_extension, stdlib, trained
+from tests.data_prep.test_chat import write_chat_tokenizer
+from tests.data_prep.test_pipeline import content, run
+from tests.tiny import write_tokenizer
+
+LEAST = 1_000_000
+"""Least `max_document_memory`; a conversation of 62,500 bytes takes it."""
+
+
+def turns(length: int) -> dict[str, Any]:
+    question = ("why " * (length // 4))[:length]
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "so"}]}
+
+
+def faults(root: Path, output: str, source: str) -> list[dict[str, Any]]:
+    file = root / output / f"{source}.faults.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def conversations(root: Path, form: str, longest: int = 9 << 20) -> dict[str, Any]:
+    """Five conversations of which the second and the fourth are too long."""
+    rows = [turns(length) for length in (30, 70_000, 40, longest, 50)]
+    (root / "talks").mkdir()
+    if form == "lines":
+        (root / "talks" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), root / "talks" / "a.parquet", row_group_size=1)
+    write_chat_tokenizer(root / "tokenizer")
+    source = {"name": "talks", "kind": "chat", "path": str(root / "talks")}
+    return {"sources": [source], "validation_fraction": 0}
+
+
+@pytest.mark.parametrize("form", ["lines", "parquet"])
+def test_conversations(tmp_path: Path, form: str) -> None:
+    settings = conversations(tmp_path, form)
+    with pytest.raises(DataError, match=r"(?s)2 of \d records.*a conversation of 0\.1 MB .* allows 1 MB"):
+        run(tmp_path, "out", shard_bytes=10**6, max_document_memory=LEAST, **settings)
+    run(tmp_path, "out", shard_bytes=10**6, max_document_memory=LEAST, max_fault_rate=0.4, **settings)
+    assert stats(tmp_path / "out" / "talks").documents == 3
+    found = faults(tmp_path, "out", "talks")
+    assert len(found) == 2 and all(fault["too_large"] and "max_document_memory" in fault["reason"] for fault in found)
+    assert "9.4 MB must be held in one piece and takes about 15" in found[1]["reason"] or form == "parquet"
+    manifest = read_manifest(tmp_path / "out" / "talks")
+    assert manifest is not None and manifest["source_counts"]["too_large"] == 2
+
+
+def test_more_memory_is_enough_to_go_on(tmp_path: Path) -> None:
+    settings = conversations(tmp_path, "lines", 80_000)
+    run(tmp_path, "whole", **settings)
+    assert stats(tmp_path / "whole" / "talks").documents == 5
+    # In shards that are not merged yet, of which one needs no second time ...
+    other = {"name": "other", "kind": "jsonl", "path": str(tmp_path / "other.jsonl")}
+    (tmp_path / "other.jsonl").write_text('{"text": "a b"}\n')
+    both = {**settings, "sources": [other, *settings["sources"]], "keep_parts": True}
+    with pytest.raises(DataError, match="max_fault_rate"):
+        run(tmp_path, "out", max_document_memory=LEAST, **both)
+    before = (next((tmp_path / "out" / ".parts" / "other").iterdir()) / "done.json").stat().st_mtime_ns
+    run(tmp_path, "out", max_document_memory=10**9, **both)
+    assert content(tmp_path, "out")["talks.bin"] == content(tmp_path, "whole")["talks.bin"]
+    assert (next((tmp_path / "out" / ".parts" / "other").iterdir()) / "done.json").stat().st_mtime_ns == before
+    # ... and in what was finished without them.
+    run(tmp_path, "few", max_document_memory=LEAST, max_fault_rate=1.0, **settings)
+    assert stats(tmp_path / "few" / "talks").documents == 3
+    assert run(tmp_path, "few", max_document_memory=LEAST, max_fault_rate=1.0, **settings) == ["talks: up to date"]
+    run(tmp_path, "few", max_document_memory=10**9, **settings)
+    assert content(tmp_path, "few") == content(tmp_path, "whole")
+    assert run(tmp_path, "few", max_document_memory=LEAST, **settings) == ["talks: up to date"]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (line_files, tables, text_folder):
+        monkeypatch.setattr(module, "LONG", 3000)
+    monkeypatch.setattr(long_json, "_LONG_STRING", 1000)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("where", ["alone", "between others"])
+def test_a_tokenizer_that_takes_whole_texts(tmp_path: Path, where: str) -> None:
+    """One of an unknown chain needs 130 bytes a character. Nothing of a text that is refused stays."""
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Prepend", "prepend": "_"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    texts = ["a long text, " * 700, "three"]
+    if where == "between others":
+        texts = ["one", texts[0], "two", "a text " * 500, "three"]
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for number, text in enumerate(texts):
+        (raw / f"{number}.txt").write_text(text)
+    source = {"name": "texts", "kind": "text_folder", "path": str(raw)}
+    settings: dict[str, Any] = {"sources": [source], "validation_fraction": 0, "max_fault_rate": 1.0}
+    run(tmp_path, "out", max_document_memory=LEAST, **settings)
+    (fault,) = faults(tmp_path, "out", "texts")
+    assert "a text that this tokenizer takes as a whole of 0.0 MB" in fault["reason"]
+    (raw / f"{texts.index('a long text, ' * 700)}.txt").unlink()
+    run(tmp_path, "short", **settings)
+    assert content(tmp_path, "short")["texts.bin"] == content(tmp_path, "out")["texts.bin"]
+
+
+@needs_extension
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("path", ["slow", "decontaminate"])
+def test_a_text_of_one_word(tmp_path: Path, path: str) -> None:
+    folder = trained(tmp_path / "tokenizer", True, stdlib(0, 10))
+    (tmp_path / "genes").mkdir()
+    (tmp_path / "genes" / "a.txt").write_text("-" * 100_000)
+    (tmp_path / "genes" / "b.txt").write_text("a b")
+    settings: dict[str, Any] = {"validation_fraction": 0, "max_fault_rate": 1.0}
+    if path == "slow":
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["normalizer"] = {"type": "NFC"}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    else:
+        (tmp_path / "test.txt").write_text("one two three\n")
+        settings["filters"] = {"decontaminate": {"files": [str(tmp_path / "test.txt")], "ngram": 3}}
+    settings["sources"] = [{"name": "genes", "kind": "text_folder", "path": str(tmp_path / "genes")}]
+    run(tmp_path, "out", max_document_memory=LEAST, **settings)
+    (fault,) = faults(tmp_path, "out", "genes")
+    assert "a text without" in fault["reason"] and stats(tmp_path / "out" / "genes").documents == 1
+    run(tmp_path, "out", **settings)
+    assert stats(tmp_path / "out" / "genes").documents == 2
+
+
+def test_what_a_row_holds_beside_its_text(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer")
+    rows = [{"text": "a b", "html": "x" * 5_000_000}, {"text": "c d", "html": "y"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"name": "texts", "kind": "jsonl", "path": str(tmp_path / "a.jsonl")}
+    settings: dict[str, Any] = {"sources": [source], "validation_fraction": 0, "max_fault_rate": 1.0}
+    run(tmp_path, "out", max_document_memory=LEAST, shard_bytes=10**7, **settings)
+    (fault,) = faults(tmp_path, "out", "texts")
+    assert "what the line holds beside its text of 5.0 MB" in fault["reason"] and fault["where"] == "line 1, byte 0"
+
+
+def test_a_page_that_pyarrow_must_unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_pages, "LONG_PAGE", 1000)
+    write_tokenizer(tmp_path / "tokenizer")
+    texts = ["a b", "word " * 60_000, "c d"]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1, compression="brotli")
+    source = {"name": "texts", "kind": "parquet", "path": str(tmp_path / "a.parquet")}
+    settings: dict[str, Any] = {"sources": [source], "validation_fraction": 0, "max_fault_rate": 1.0}
+    run(tmp_path, "out", max_document_memory=LEAST, **settings)
+    (fault,) = faults(tmp_path, "out", "texts")
+    assert "row group 1: a page of column 'text' of 0.3 MB" in fault["reason"] and fault["where"] == "row 1"
+    assert stats(tmp_path / "out" / "texts").documents == 2
+    run(tmp_path, "out", **settings)
+    assert stats(tmp_path / "out" / "texts").documents == 3
