@@ -184,7 +184,7 @@ def _of_process(name: str) -> int:
 def measure(name: str, layout: Layout, device: str) -> list[Measured]:
     """By pipeline rank."""
     found: dict[int, int] = {}
-    for rank, size in run_ranks(peak, layout.world, layout, device, timeout=400.0):
+    for rank, size in run_ranks(peak, layout.world, layout, device, timeout=400.0, forked=device == "cpu"):
         found[rank] = max(size, found.get(rank, 0))
     rows = []
     for rank, size in sorted(found.items()):

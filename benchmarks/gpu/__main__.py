@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.cases import CASES, Case, measure
+from benchmarks.gpu.cases import CASES, PLAIN, Case, measure
 from ouro_megatron.parallel.context import ParallelContext, create_context
 from ouro_megatron.recipe.schema import ParallelSection
 
@@ -39,12 +39,13 @@ def attempt(case: Case, context: ParallelContext, arguments: argparse.Namespace)
 
 
 def line(result: dict[str, object], base: float | None) -> str:
-    name = f"{result['case']:30}"
+    """`base`: tokens/s of plain PyTorch with this model and sequence, where it was fastest so far."""
+    name = f"{result['case']:42}"
     if "failed" in result:
         return f"{name} {result['failed']}"
     rate, mfu, peak = (result[key] for key in ("tokens_per_s", "mfu_bf16", "peak_gib"))
     assert isinstance(rate, float) and isinstance(peak, float)
-    ratio = "" if base is None else f"{rate / base:6.2f} x plain"
+    ratio = "" if base is None else f"{rate / base:6.3f} x plain"
     share = f"{100 * mfu:5.1f}%" if isinstance(mfu, float) else "    -"
     return f"{name} {rate:9.0f} tokens/s   MFU {share}   peak {peak:6.1f} GiB   {ratio}"
 
@@ -68,17 +69,17 @@ def main() -> None:
     if not wanted:
         raise SystemExit(f"--only {arguments.only!r} names no case; there are: {', '.join(c.name for c in CASES)}")
     print(" ".join(f"{name} {version}" for name, version in versions().items()), flush=True)
-    context, begun, base = create_context(ParallelSection(), "cuda"), time.perf_counter(), None
+    context, begun = create_context(ParallelSection(), "cuda"), time.perf_counter()
+    best: dict[tuple[str, int], float] = {}
     for case in wanted:
         if time.perf_counter() - begun > arguments.seconds:
-            print(f"{case.name:30} not begun: --seconds {arguments.seconds:g} are over")
+            print(f"{case.name:42} not begun: --seconds {arguments.seconds:g} are over")
             continue
         result = attempt(case, context, arguments)
-        rate = result.get("tokens_per_s")
-        if case.system == "plain" and isinstance(rate, float):
-            base = rate
-        same_shape = case.model == "ouro-1.4b" and case.sequence == 4096
-        print(line(result, base if same_shape else None), flush=True)
+        rate, kind = result.get("tokens_per_s"), (case.model, case.sequence)
+        if case.system in PLAIN and isinstance(rate, float):
+            best[kind] = max(rate, best.get(kind, 0.0))
+        print(line(result, best.get(kind)), flush=True)
         if arguments.out is not None:
             with arguments.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**versions(), **result}) + "\n")

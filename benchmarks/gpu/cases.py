@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,9 @@ from ouro_megatron.recipe.schema import Fp8Section, ModelSection, ObjectiveSecti
 from ouro_megatron.training.engine import Engine, Microbatch
 
 STAGES = Path(__file__).resolve().parents[2] / "stages"
-System = Literal["plain", "local", "transformer_engine"]
+System = Literal["plain", "plain_fp32", "local", "transformer_engine"]
+"""plain_fp32: plain PyTorch that keeps fp32 weights and moments and adds microbatches in fp32, as training does."""
+PLAIN = ("plain", "plain_fp32")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Case:
 _TE: System = "transformer_engine"
 CASES = [
     Case("1.4b plain, compiled", "ouro-1.4b", "plain"),
+    Case("1.4b plain, compiled, fp32 weights", "ouro-1.4b", "plain_fp32"),
     Case("1.4b local bf16", "ouro-1.4b", "local"),
     Case("1.4b TE bf16", "ouro-1.4b", _TE),
     Case("1.4b TE FP8 current", "ouro-1.4b", _TE, fp8="current"),
@@ -57,7 +60,9 @@ CASES = [
     Case("1.4b 4 rows TE FP8 current", "ouro-1.4b", _TE, microbatch=4, microbatches=2, fp8="current"),
     Case("1.4b 3 rows plain, compiled", "ouro-1.4b", "plain", microbatch=3, microbatches=3),
     Case("1.4b 3 rows graphs, TE bf16", "ouro-1.4b", _TE, microbatch=3, microbatches=3, cuda_graphs=True),
+    Case("1.4b 3 rows plain, compiled, fp32 weights", "ouro-1.4b", "plain_fp32", microbatch=3, microbatches=3),
     Case("2.6b plain, compiled", "ouro-2.6b", "plain", microbatch=1),
+    Case("2.6b plain, compiled, fp32 weights", "ouro-2.6b", "plain_fp32", microbatch=1),
     Case("2.6b TE bf16", "ouro-2.6b", _TE, microbatch=1, recompute="selective"),
     Case("2.6b TE FP8 current", "ouro-2.6b", _TE, microbatch=1, fp8="current"),
     Case("1.4b graphs, TE bf16", "ouro-1.4b", _TE, cuda_graphs=True),
@@ -70,7 +75,7 @@ CASES = [
 
 
 def model_section(case: Case) -> ModelSection:
-    implementation = "local" if case.system == "plain" else case.system
+    implementation = "local" if case.system in PLAIN else case.system
     loaded = load_recipe(STAGES / case.model / "4-stable-2.yaml")
     return loaded.model.model_copy(update={"implementation": implementation})
 
@@ -85,7 +90,7 @@ def measure(case: Case, context: ParallelContext, steps: int, warm_up: int, prof
     shape = (case.microbatches, case.microbatch, case.sequence)
     tokens, labels = torch.randint(0, model.vocab, (2, *shape), device="cuda").unbind()
     started = time.perf_counter()
-    step = (_plain if case.system == "plain" else _ours)(case, model, context, tokens, labels)
+    step = (_plain if case.system in PLAIN else _ours)(case, model, context, tokens, labels)
     losses = [step() for _ in range(warm_up)]
     torch.cuda.synchronize()
     ready = time.perf_counter() - started
@@ -148,27 +153,41 @@ def _ours(
 def _plain(
     case: Case, model: ModelSection, context: ParallelContext, tokens: Tensor, labels: Tensor
 ) -> Callable[[], float]:
-    """bf16 weights and gradients, fused AdamW on them: less exact than fp32 copies, and faster. cuDNN attention."""
+    """Weights, gradients and fused AdamW in bf16, which is less exact and faster, or in fp32. cuDNN attention."""
     with torch.device("cuda"):
         plain = PlainLoopLM(model).bfloat16()
     for layer in plain.layers:
         layer.compile(dynamic=False)
     plain.cross_entropy = torch.compile(plain.cross_entropy, dynamic=False)  # type: ignore[method-assign]
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    used = list(plain.parameters())
+    trained = used if case.system == "plain" else [weight.detach().float().requires_grad_() for weight in used]
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> float:
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=trained is used)
         total = torch.zeros((), device="cuda")
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
             for x, y in zip(tokens, labels, strict=True):
                 loss = plain(x, y, 0.1) / len(tokens)
                 loss.backward()
                 total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+                if trained is not used:
+                    _add_gradients(trained, used)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        if trained is not used:
+            torch._foreach_copy_([weight.data for weight in used], [weight.data for weight in trained])
         return float(total)
 
     return step
+
+
+def _add_gradients(trained: Sequence[Tensor], used: Sequence[Tensor]) -> None:
+    """A microbatch's bf16 gradients to the fp32 ones."""
+    for main, weight in zip(trained, used, strict=True):
+        assert weight.grad is not None
+        main.grad = weight.grad.float() if main.grad is None else main.grad.add_(weight.grad)
+        weight.grad = None
 
 
 def _profile(step: Callable[[], float], path: Path) -> None:

@@ -17,6 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ouro_megatron.model.context_attention import ContextPart, context_attention
 from ouro_megatron.model.documents import DocumentBounds, document_attention
 
+ATTENTION_BLOCK = 64
+"""Tokens of a block of cuDNN's attention."""
+
 
 class ScaledDotProductAttention(MegatronModule):
     """Drop-in for Megatron's DotProductAttention: causal, grouped key/value heads, no dropout."""
@@ -71,19 +74,21 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 
 def _kernels(query: Tensor) -> AbstractContextManager[None]:
-    """On CUDA in half precision cuDNN's kernel before torch's flash attention: on Hopper it takes half of the time
-    (docs/results/gpu.md). Where it cannot serve, a deterministic backward pass for one, torch goes on down the list.
-    """
+    """The order of preference on CUDA in half precision. Where a kernel cannot serve, torch goes on down the list."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return nullcontext()
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    kernels: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
+    kernels: AbstractContextManager[None] = sdpa_kernel(kernel_order(query.shape[0]), set_priority=True)
     return kernels
+
+
+def kernel_order(length: int) -> list[SDPBackend]:
+    """cuDNN's kernel before torch's flash attention, of whose time it takes half on Hopper (docs/results/gpu.md).
+
+    Not for a length that its blocks do not fill: recorded in a CUDA graph, the backward of 32 tokens read memory that
+    was not its own.
+    """
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return others if length % ATTENTION_BLOCK else [SDPBackend.CUDNN_ATTENTION, *others]
 
 
 def transformer_engine_core(attention: type) -> type:

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 from ouro_megatron.recipe.schema import Recipe
 
+_BLOCK = 64
+"""Tokens of a block of attention. A stage with 32 ended in illegal memory accesses (docs/results/gpu.md)."""
+
 
 def check_cuda_graphs(recipe: Recipe) -> Iterator[str]:
     """One line a problem: what a graph, which repeats the same kernels on the same addresses, cannot go with."""
@@ -19,6 +22,11 @@ def check_cuda_graphs(recipe: Recipe) -> Iterator[str]:
                 f"{graphs} with parallel.{name}={size}: graphs are recorded for ranks that have all layers and whole "
                 f"sequences; set parallel.{name}=1 or remove cuda_graphs"
             )
+    if recipe.data.sequence_length % _BLOCK:
+        yield (
+            f"{graphs} with data.sequence_length={recipe.data.sequence_length}: recorded attention wants a multiple of "
+            f"{_BLOCK} tokens"
+        )
     if parallel.overlap:
         yield f"{graphs} with parallel.overlap=true: gradients are added by graphs, which reduce none; remove one"
     if training.recompute == "full":

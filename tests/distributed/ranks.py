@@ -42,14 +42,16 @@ def preloaded_forkserver() -> Any:
     return context
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, forked: bool = True
+) -> list[Any]:
     """Calls `function(*args)` on `world_size` ranks with RANK, WORLD_SIZE and MASTER_ADDR/PORT set.
 
     `function` must be a module-level function and its result picklable, arrays rather than tensors. Returns the results
     in rank order. When a rank raises or dies the others are killed and RankFailure is raised; the same after `timeout`
-    seconds.
+    seconds. `forked`: from the server; CUDA works in processes that import everything themselves only.
     """
-    context = preloaded_forkserver()
+    context = preloaded_forkserver() if forked else mp.get_context("spawn")
     port = free_port()
     pipes: list[Connection] = []
     processes = []

@@ -17,9 +17,13 @@ from tests.tiny import VOCAB, tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {"layers": 2, "hidden": 64, "heads": 2, "ffn": 128, "vocab": VOCAB, "loops": 3}
+DATA = {"sequence_length": 64}
+"""The least that graphs take."""
 
 
-def train(recipe: Recipe, steps: int, device: str, implementation: str, compute: str) -> list[float]:
+def train(
+    recipe: Recipe, steps: int, device: str, implementation: str, compute: str, graphs: bool = False
+) -> list[float]:
     """Goes on with `recipe` to `steps` in a process of its own; all losses so far."""
     file = recipe.run_dir / f"{recipe.name}-{device}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -29,6 +33,9 @@ def train(recipe: Recipe, steps: int, device: str, implementation: str, compute:
         f"training.device={device}",
         f"model.implementation={implementation}",
         f"precision.compute={compute}",
+        f"training.cuda_graphs={str(graphs).lower()}",
+        "evaluation.every=3 steps",
+        "checkpoint.every=4 steps",
     ]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
     if device == "cpu":
@@ -41,17 +48,22 @@ def train(recipe: Recipe, steps: int, device: str, implementation: str, compute:
     return [record.loss for record in records if isinstance(record, StepRecord)]
 
 
-@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
-def test_gpu_to_cpu_and_back(tmp_path: Path, implementation: str) -> None:
-    """The CPU's 20 losses in fp32 are the measure: bf16 on the GPU in between moves them by its rounding only."""
+@pytest.mark.parametrize(
+    ("implementation", "graphs"), [("local", False), ("transformer_engine", False), ("transformer_engine", True)]
+)
+def test_gpu_to_cpu_and_back(tmp_path: Path, implementation: str, graphs: bool) -> None:
+    """The CPU's 20 losses in fp32 are the measure: bf16 on the GPU in between moves them by its rounding only.
+
+    Evaluations and checkpoints come between the steps, of which graphs replay all but the first of a process.
+    """
     if implementation == "transformer_engine":
         needs_transformer_engine()
-    alone = tiny_recipe(tmp_path, name="alone", model=MODEL)
+    alone = tiny_recipe(tmp_path, name="alone", model=MODEL, data=DATA)
     straight = train(alone, 20, "cpu", "local", "fp32")
-    mixed = tiny_recipe(tmp_path, name="mixed", model=MODEL)
-    train(mixed, 7, "cuda", implementation, "bf16")
+    mixed = tiny_recipe(tmp_path, name="mixed", model=MODEL, data=DATA)
+    train(mixed, 7, "cuda", implementation, "bf16", graphs)
     train(mixed, 14, "cpu", "local", "fp32")
-    losses = train(mixed, 20, "cuda", implementation, "bf16")
+    losses = train(mixed, 20, "cuda", implementation, "bf16", graphs)
     assert len(losses) == 20
     assert losses == pytest.approx(straight, rel=2e-2)
     state = json.loads((sorted((mixed.run_folder / "checkpoints").iterdir())[-1] / "state.json").read_text())

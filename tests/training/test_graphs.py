@@ -129,19 +129,21 @@ GRAPHS = {"cuda_graphs": True, "device": "auto"}
         ({"parallel": {"pipeline": 2}}, "parallel.pipeline=2"),
         ({"parallel": {"overlap": True}}, "parallel.overlap=true"),
         ({"training": {**GRAPHS, "recompute": "full"}}, "training.recompute=full"),
-        ({"data": {"packing": "best_fit"}}, "data.packing"),
+        ({"data": {"packing": "best_fit", "sequence_length": 64}}, "data.packing"),
+        ({"data": {"sequence_length": 96}}, "data.sequence_length=96"),
         ({"precision": {"compute": "bf16", "fp8": {"emulate": True}}}, "precision.fp8"),
     ],
 )
 def test_what_graphs_cannot_go_with_is_refused(tmp_path: Path, sections: dict[str, Any], field: str) -> None:
-    check_recipe(tiny_recipe(tmp_path, training=GRAPHS))
+    fits: dict[str, Any] = {"training": GRAPHS, "data": {"sequence_length": 64}}
+    check_recipe(tiny_recipe(tmp_path, **fits))
     with pytest.raises(RecipeError, match=r"training\.cuda_graphs=true") as caught:
-        check_recipe(tiny_recipe(tmp_path, **{"training": GRAPHS, **sections}))
+        check_recipe(tiny_recipe(tmp_path, **{**fits, **sections}))
     assert field in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_graphs_without_a_gpu_are_refused_before_any_group_is_made(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="torch sees no GPU"):
-        context_for(tiny_recipe(tmp_path, training=GRAPHS))
+        context_for(tiny_recipe(tmp_path, training=GRAPHS, data={"sequence_length": 64}))
     assert not torch.distributed.is_initialized()
