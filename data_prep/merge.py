@@ -57,8 +57,7 @@ class MergeTask:
     @property
     def is_done(self) -> bool:
         manifest = read_manifest(self.prefix)
-        names = ("key", "part", "of", "source_counts")
-        same = manifest is not None and all(manifest.get(name) == self.manifest[name] for name in names)
+        same = manifest is not None and all(manifest.get(name) == self.manifest[name] for name in ("key", "part", "of"))
         return same and manifest is not None and is_whole(self.prefix, manifest)
 
 
@@ -239,16 +238,9 @@ def _shared_manifest(
             "faults": sum(result.faults for result in results),
             "cut_files": sorted({path for result in results for path in result.cut_files}),
             "text_bytes": sum(result.text_bytes for result in results),
-            **_too_large(job, results),
         },
         "units": [],
     }
-
-
-def _too_large(job: SourceJob, results: Sequence[ShardResult]) -> dict[str, int]:
-    """How many documents were refused for the memory they take, and the limit; nothing when none was."""
-    count = sum(result.too_large for result in results)
-    return {"too_large": count, "max_document_memory": job.recipe.max_document_memory} if count else {}
 
 
 def merge(task: MergeTask, pulse: Pulse) -> dict[str, Any]:

@@ -76,7 +76,6 @@ class SourceJob:
                     recipe.filters,
                     recipe.chat_template,
                     hashes,
-                    recipe.max_document_memory,
                 )
             )
         return tasks
@@ -99,14 +98,7 @@ class SourceJob:
     @property
     def is_current(self) -> bool:
         """All its pairs are there, of the size they were made with, from what the recipe says now."""
-        return all(_is_whole(self.prefixes(split), self.key) for split in self.splits) and not self._more_is_allowed
-
-    @property
-    def _more_is_allowed(self) -> bool:
-        """Documents were refused for less memory than the recipe allows now."""
-        allowed = self.recipe.max_document_memory
-        counts = [(read_manifest(prefix) or {}).get("source_counts", {}) for prefix in self.prefixes("train")]
-        return any(found.get("max_document_memory", allowed) < allowed for found in counts)
+        return all(_is_whole(self.prefixes(split), self.key) for split in self.splits)
 
     @property
     def has_hashes(self) -> bool:

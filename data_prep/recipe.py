@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_prep.filters import Filters
-from data_prep.memory import DOCUMENT_MEMORY
 from data_prep.sources.registry import SourceSettings
 from ouro_megatron.data.indexed import MAX_SEQUENCES
 
@@ -54,9 +53,6 @@ class DataRecipe(Section):
     filters: Filters = Filters()
     max_fault_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.001
     """Share of a source's records that may be unreadable, and of its files that may be cut short."""
-    max_document_memory: Annotated[int, Field(ge=1_000_000)] = DOCUMENT_MEMORY
-    """Bytes of memory that a document may take where it must be held in one piece, such as a conversation: larger ones
-    are faults. Texts are not held."""
     max_prefix_tokens: Annotated[int, Field(ge=1)] = 50_000_000_000
     """A source with more tokens becomes several pairs."""
     max_prefix_documents: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 2**28

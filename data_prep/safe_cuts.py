@@ -83,13 +83,13 @@ def parts(pieces: Iterable[str], memory: int | None = None) -> Iterator[str]:
     rest, looked = "", 0
     for piece in pieces:
         rest += piece
-        if memory is not None:
-            check_size("a text without a place to cut it at", len(rest), UNCUT, memory)
         start = 0
         while match := _PLACE.search(rest, max(start + PART, looked)):
             yield rest[start : match.end()]
             start = match.end()
         looked = max(0, len(rest) - start - 1)  # a place takes two characters
         rest = rest[start:]
+        if memory is not None:
+            check_size("a text without a place to cut it at", len(rest), UNCUT, memory)
     if rest:
         yield rest

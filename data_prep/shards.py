@@ -20,16 +20,14 @@ from data_prep.dedup import save_sorted
 from data_prep.document_encoder import DocumentEncoder
 from data_prep.encode import open_tokenizer
 from data_prep.filters import DocumentFilters, Filters, NgramList
-from data_prep.memory import DOCUMENT_MEMORY, TooLargeError
+from data_prep.memory import TooLargeError
 from data_prep.pool import Pulse, Work
-from data_prep.sources.base import Document, Fault, Unit, fault_of
+from data_prep.sources.base import Document, Fault, Unit
 from data_prep.sources.registry import AnySource
 from data_prep.writer import MAX_LENGTH, PairWriter, token_dtype
 from ouro_megatron.errors import DataError
 
 SPLITS = ("train", "validation")
-_REFUSED = "max_document_memory"
-"""File with the limit that documents of a shard were refused for."""
 _BATCH = 64
 """Documents tokenised at one time, at most."""
 _BATCH_BYTES = 1 << 20
@@ -54,15 +52,10 @@ class ShardTask:
     chat_template: str | None = None
     hashes: Path | None = None
     """Where the documents' hashes go when duplicates are looked for. Kept after the shard is merged."""
-    memory: int = DOCUMENT_MEMORY
-    """The recipe's max_document_memory."""
 
     @property
     def is_done(self) -> bool:
-        if not (self.folder / "done.json").is_file() or (self.hashes is not None and not self.hashes.is_file()):
-            return False
-        refused = self.folder / _REFUSED
-        return not refused.is_file() or int(refused.read_text()) >= self.memory
+        return (self.folder / "done.json").is_file() and (self.hashes is None or self.hashes.is_file())
 
     @property
     def size(self) -> int:
@@ -100,8 +93,6 @@ class ShardResult:
     """Files whose end could not be read."""
     units: list[dict[str, Any]]
     """Each unit with the documents it gave and a digest of their text."""
-    too_large: int = 0
-    """Faults that are none with a larger max_document_memory."""
 
     @property
     def work(self) -> Work:
@@ -170,11 +161,13 @@ class _Shard:
     def __init__(self, task: ShardTask, folder: Path, pulse: Pulse) -> None:
         self.task, self.folder, self.pulse = task, folder, pulse
         self.tokenizer, encoder = open_tokenizer(task.tokenizer)
-        self.encoder = DocumentEncoder(self.tokenizer, encoder, task.tokenizer, task.chat_template, task.memory)
+        self.encoder = DocumentEncoder(
+            self.tokenizer, encoder, task.tokenizer, task.chat_template, task.source.max_document_memory
+        )
         decontaminate = task.filters.decontaminate
         self.ngrams = None if decontaminate is None else NgramList(decontaminate)
         self.left_out: Counter[str] = Counter()
-        self.fault_count = self.too_large = 0
+        self.fault_count = 0
         self.cut_files: set[str] = set()
         self.units: list[dict[str, Any]] = []
         self.text_bytes = 0
@@ -195,8 +188,6 @@ class _Shard:
         if self.task.hashes is not None:
             save_sorted(self.folder / "hashes.raw", self.task.hashes)
         (self.folder / "hashes.raw").unlink()
-        if self.too_large:
-            (self.folder / _REFUSED).write_text(str(self.task.memory))
         return ShardResult(
             documents={split: writer.documents for split, writer in zip(SPLITS, self.writers, strict=True)},
             tokens={split: writer.tokens for split, writer in zip(SPLITS, self.writers, strict=True)},
@@ -205,12 +196,10 @@ class _Shard:
             faults=self.fault_count,
             cut_files=sorted(self.cut_files),
             units=self.units,
-            too_large=self.too_large,
         )
 
     def report(self, fault: Fault) -> None:
         self.fault_count += 1
-        self.too_large += fault.too_large
         if fault.ends_unit:
             self.cut_files.add(fault.path)
         if self.fault_count <= _LISTED_FAULTS:
@@ -218,7 +207,7 @@ class _Shard:
 
     def _documents(self) -> Iterator["_Read"]:
         """Each document that stays."""
-        source = self.task.source.with_scratch(self.folder, self.task.memory)
+        source = self.task.source.with_scratch(self.folder)
         for unit in self.task.units:
             digest = hashlib.blake2b(digest_size=16)
             count = 0
@@ -233,10 +222,9 @@ class _Shard:
                 digest.update(hashed)
                 self.text_bytes += size
                 try:
-                    self.encoder.check_size(document, size)
-                    reason = self._reason(document)
+                    reason = self._reason(document, size)
                 except TooLargeError as error:
-                    self.report(fault_of(unit.path, place, error))
+                    self.report(Fault(unit.path, place, str(error)))
                     continue
                 if reason is not None:
                     self.left_out[reason] += 1
@@ -245,13 +233,16 @@ class _Shard:
                 self._beat()
             self.units.append({**asdict(unit), "documents": count, "digest": digest.hexdigest()})
 
-    def _reason(self, document: Document) -> str | None:
+    def _reason(self, document: Document, size: int) -> str | None:
+        """Why the document is left out. Raises TooLargeError when it would stay and must be held, all `size` bytes."""
         if not document.text and document.messages is None and document.long_text is None:
             return "empty"
         reason = self.task.document_filters.reason(document)
-        if reason is None and self.ngrams is not None and self.ngrams.occurs_in(document, self.task.memory):
-            return "contaminated"
-        return reason
+        if reason is not None:
+            return reason
+        self.encoder.check_size(document, size)
+        memory = self.task.source.max_document_memory
+        return "contaminated" if self.ngrams is not None and self.ngrams.occurs_in(document, memory) else None
 
     def _write(self, batch: Sequence["_Read"]) -> None:
         encoded = self.encoder.encode([item.document for item in batch])
@@ -274,7 +265,7 @@ class _Shard:
         try:
             length = self.writers[held_out].add_long(lambda put: self.encoder.encode_long(text, put))
         except TooLargeError as error:
-            self.report(fault_of(item.path, item.place, error))
+            self.report(Fault(item.path, item.place, str(error)))
             return
         if length is None:
             self.report(Fault(item.path, item.place, _too_long(None)))

@@ -13,7 +13,8 @@ from data_prep.formats.files import pieces
 _SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2"}
 _PIECE = 1 << 17
-_FIRST_ZSTD = 128
+_ZSTD_PIECE = 1 << 12
+"""What a piece of zstd holds comes at one time, and four bytes can stand for 128 kB: 134 MB at most."""
 _MOST_AT_ONCE = 1 << 22
 """Inflated bytes held at one time, where the library lets us say so."""
 
@@ -49,7 +50,7 @@ def codec_of_bytes(head: bytes) -> str | None:
 
 def inflate(stream: BinaryIO, codec: str) -> Iterator[bytes]:
     """The content of all members (frames) of a stream, in pieces. Raises Damaged, after all that could be read."""
-    return inflate_pieces(pieces(stream, _PIECE), codec)
+    return inflate_pieces(pieces(stream, _ZSTD_PIECE if codec == "zstd" else _PIECE), codec)
 
 
 def inflate_pieces(source: Iterable[bytes], codec: str) -> Iterator[bytes]:
@@ -91,38 +92,19 @@ def _step_bounded(member: Any, data: bytes) -> Iterator[bytes]:
         yield member.decompress(b"", _MOST_AT_ONCE)
 
 
-class _ZstdMember:
-    """A frame. What a piece of it holds comes at one time, and a byte can stand for 32 kB: pieces begin small."""
-
-    def __init__(self) -> None:
-        # The largest window that `zstd --long=31` can ask for.
-        self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-        self._size = _FIRST_ZSTD
-        self.unused_data = b""
-
-    @property
-    def eof(self) -> bool:
-        return bool(self._frame.eof)
-
-    def inflate(self, data: bytes) -> Iterator[bytes]:
-        at = 0
-        while at < len(data) and not self.eof:
-            inflated = self._frame.decompress(data[at : at + self._size])
-            at += self._size
-            much = len(inflated) > _MOST_AT_ONCE
-            self._size = max(_FIRST_ZSTD, self._size // 2) if much else min(2 * self._size, _PIECE)
-            yield inflated
-        self.unused_data = self._frame.unused_data + data[at:]
+def _step_zstd(member: Any, data: bytes) -> Iterator[bytes]:
+    yield member.decompress(data)
 
 
-def _step_zstd(member: _ZstdMember, data: bytes) -> Iterator[bytes]:
-    yield from member.inflate(data)
+def _new_zstd() -> Any:
+    # The largest window that `zstd --long=31` can ask for.
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
 _Step = Callable[[Any, bytes], Iterator[bytes]]
 _CODECS: dict[str, tuple[Callable[[], Any], _Step, tuple[type[Exception], ...]]] = {
     "gzip": (lambda: zlib.decompressobj(31), _step_zlib, (zlib.error,)),
-    "zstd": (_ZstdMember, _step_zstd, (zstandard.ZstdError,)),
+    "zstd": (_new_zstd, _step_zstd, (zstandard.ZstdError,)),
     "xz": (lzma.LZMADecompressor, _step_bounded, (lzma.LZMAError,)),
     "bzip2": (bz2.BZ2Decompressor, _step_bounded, (OSError, ValueError)),
 }

@@ -12,7 +12,7 @@ from data_prep.formats.files import File, Options, byte_ranges, open_file, piece
 from data_prep.formats.long_json import parse_long_object, short_parts
 from data_prep.long_text import LONG, Spilled
 from data_prep.memory import CONVERSATION, Apart, check_size
-from data_prep.sources.base import Fault, Report, Unit, fault_of
+from data_prep.sources.base import Fault, Report, Unit
 
 try:
     import orjson
@@ -169,7 +169,7 @@ def _is_kept(line: _Begun, path: str, at: int, report: Report) -> bool:
     try:
         line.check()
     except ValueError as error:
-        report(fault_of(path, f"byte {at}", error))
+        report(Fault(path, f"byte {at}", str(error)))
         return False
     return True
 

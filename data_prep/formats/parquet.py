@@ -16,13 +16,14 @@ from data_prep.formats.tables import (
     Row,
     arrow_package,
     columns_of,
+    held_bytes,
     rows_in,
     runs_of,
     short_reason,
 )
 from data_prep.long_text import LongText
-from data_prep.memory import PAGE, Apart, TooLargeError, check_size
-from data_prep.sources.base import Fault, Report, Unit, fault_of
+from data_prep.memory import HELD, PAGE, Apart, check_size
+from data_prep.sources.base import Fault, Report, Unit
 
 
 def parquet_columns(file: File, options: Options) -> list[Column] | None:
@@ -99,14 +100,13 @@ class _RowGroup:
                     yield from self._from_large(stream, names, report, apart)
         except (arrow_package().ArrowException, OSError, ValueError) as error:
             lost = f"its rows {self._first + self._done} to {self._first + total - 1} are lost"
-            reason = f"row group {self._index}: {short_reason(error)}; {lost}"
-            self._tell(report, TooLargeError(reason) if isinstance(error, TooLargeError) else ValueError(reason))
+            self._tell(report, f"row group {self._index}: {short_reason(error)}; {lost}")
             return
         if self._done != total:
-            self._tell(report, ValueError(f"row group {self._index} holds {self._done} rows, its footer says {total}"))
+            self._tell(report, f"row group {self._index} holds {self._done} rows, its footer says {total}")
 
-    def _tell(self, report: Report, error: ValueError) -> None:
-        report(fault_of(self._path, f"row {self._first + self._done}", error))
+    def _tell(self, report: Report, reason: str) -> None:
+        report(Fault(self._path, f"row {self._first + self._done}", reason))
 
     def _from_large(self, stream: BinaryIO, names: Sequence[str], report: Report, apart: Apart) -> Iterator[Row]:
         column = apart.column if apart.column in names else None
@@ -158,16 +158,16 @@ class _RowGroup:
     ) -> Iterator[Row]:
         number = next(n for n, chunk in enumerate(self._chunks) if chunk.path_in_schema == column)
         optional = self._table.schema.column(number).max_definition_level == 1
-        rest = self._other_values([name for name in names if name != column])
+        rest = self._other_values([name for name in names if name != column], apart)
         for text in texts(stream, pages, self._chunks[number].compression, apart.folder, optional=optional):
             values = next(rest, None)
             if values is None:
                 raise ValueError("its columns are not of the same length")
             try:
                 if isinstance(text, UnicodeDecodeError):
-                    self._tell(report, text)
+                    self._tell(report, str(text))
                 elif isinstance(values, ValueError):
-                    self._tell(report, values)
+                    self._tell(report, str(values))
                 else:
                     values[column] = text
                     yield Row(f"row {self._first + self._done}", values)
@@ -176,23 +176,25 @@ class _RowGroup:
                     text.close()
             self._done += 1
 
-    def _other_values(self, names: Sequence[str]) -> Iterator[dict[str, Any] | ValueError]:
+    def _other_values(self, names: Sequence[str], apart: Apart) -> Iterator[dict[str, Any] | ValueError]:
         """The values of other columns, row by row; the error of a row that cannot be had."""
         if not names:
             while True:
                 yield {}
         for batch in self._batches(names):
             try:
+                check_size("a batch of rows", held_bytes(batch, apart), HELD, apart.memory)
                 columns = [batch.column(name).to_pylist() for name in names]
             except ValueError:
-                yield from self._one_by_one(batch, names)
+                yield from self._one_by_one(batch, names, apart)
             else:
                 yield from (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
 
     @staticmethod
-    def _one_by_one(batch: Any, names: Sequence[str]) -> Iterator[dict[str, Any] | ValueError]:
+    def _one_by_one(batch: Any, names: Sequence[str], apart: Apart) -> Iterator[dict[str, Any] | ValueError]:
         for index in range(batch.num_rows):
             try:
+                check_size("a row", held_bytes(batch.slice(index, 1), apart), HELD, apart.memory)
                 yield {name: batch.column(name)[index].as_py() for name in names}
             except ValueError as error:
                 yield error

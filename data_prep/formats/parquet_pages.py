@@ -22,8 +22,9 @@ LONG_PAGE = 8 << 20
 """Unpacked bytes from which a page is read here."""
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3
 _PLAIN, _PLAIN_DICTIONARY, _RLE, _RLE_DICTIONARY = 0, 2, 3, 8
-_ENCODINGS = {"PLAIN", "PLAIN_DICTIONARY", "RLE", "RLE_DICTIONARY"}
-"""Those of the values that are read here, and of their levels, by pyarrow's names."""
+_ENCODINGS = {"PLAIN", "PLAIN_DICTIONARY", "RLE", "RLE_DICTIONARY", "BIT_PACKED"}
+"""Those of the values that are read here, and of their levels, by pyarrow's names. BIT_PACKED is said of levels that
+flat columns do not have."""
 
 Text = str | LongText | UnicodeDecodeError | None
 

@@ -13,7 +13,7 @@ from data_prep.formats.long_json import kept_while_used
 from data_prep.formats.parquet import parquet_columns, read_parquet, split_parquet
 from data_prep.formats.tables import Column, Row
 from data_prep.memory import Apart
-from data_prep.sources.base import Report, Unit, fault_of
+from data_prep.sources.base import Fault, Report, Unit
 
 _FORMATS = {
     ".jsonl": "json",
@@ -104,7 +104,7 @@ def _json_rows(unit: Unit, report: Report, options: Options, apart: Apart | None
         try:
             found = row_of(line, apart)
         except ValueError as error:
-            report(fault_of(unit.path, line.where, error))
+            report(Fault(unit.path, line.where, str(error)))
             continue
         if found is not None:
             with kept_while_used(found, apart):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from data_prep.filters import DocumentFilters
 from data_prep.long_text import LongText
-from data_prep.memory import DOCUMENT_MEMORY, Apart, TooLargeError
+from data_prep.memory import DOCUMENT_MEMORY, Apart
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,6 @@ class Fault:
     reason: str
     ends_unit: bool = False
     """Nothing after it could be read either, such as after the cut of a truncated file."""
-    too_large: bool = False
-    """It could be read with more of `max_document_memory`."""
-
-
-def fault_of(path: str, where: str, error: Exception) -> Fault:
-    """What `error` says of a record."""
-    return Fault(path, where, str(error), too_large=isinstance(error, TooLargeError))
 
 
 Report = Callable[[Fault], None]
@@ -88,21 +81,20 @@ class SourceBase(BaseModel):
     """Output files are called this."""
     filters: DocumentFilters = DocumentFilters()
     """What this source sets here stands in for the recipe's filters."""
+    max_document_memory: Annotated[int, Field(ge=1_000_000)] = DOCUMENT_MEMORY
+    """Bytes of memory that a document may take where it must be held in one piece, such as a conversation: larger ones
+    are faults. Texts are not held."""
     _scratch: Path | None = PrivateAttr(default=None)
-    _memory: int = PrivateAttr(default=DOCUMENT_MEMORY)
 
-    def with_scratch(self, folder: Path | None, memory: int = DOCUMENT_MEMORY) -> Self:
-        """The same source, which keeps long texts in temporary files of a folder instead of in memory.
-
-        `memory`: bytes that a document may take of what cannot be kept there.
-        """
+    def with_scratch(self, folder: Path | None) -> Self:
+        """The same source, which keeps long texts in temporary files of a folder instead of in memory."""
         copy = self.model_copy()
-        copy._scratch, copy._memory = folder, memory
+        copy._scratch = folder
         return copy
 
     def apart(self, column: str | None) -> Apart | None:
         """How rows are read whose text is in a column; None: they hold no text that could be kept in a file."""
-        return None if self._scratch is None else Apart(column, self._scratch, self._memory)
+        return None if self._scratch is None else Apart(column, self._scratch, self.max_document_memory)
 
 
 class Source(Protocol):

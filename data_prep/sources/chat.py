@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from data_prep.formats.compression import bare_name
 from data_prep.formats.files import File
 from data_prep.formats.rows import read_rows
-from data_prep.sources.base import Document, Report, Unit, fault_of
+from data_prep.sources.base import Document, Fault, Report, Unit
 from data_prep.sources.chat_rows import PAIRS, Layout, Messages, key_of, list_of, messages_of, pair_of
 from data_prep.sources.tabular import FileSource, is_taken
 from ouro_megatron.errors import DataError
@@ -83,7 +83,7 @@ class ChatSource(FileSource):
             try:
                 document = self.document(row)
             except (ValueError, RecursionError) as error:
-                report(fault_of(unit.path, where, error))
+                report(Fault(unit.path, where, str(error)))
                 continue
             if is_taken(document, self.take):
                 yield document

@@ -1,13 +1,14 @@
 """Any dataset that the `datasets` library opens: on the Hub by its id, a local folder, or one saved to disk."""
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data_prep.formats.compression import bare_name
-from data_prep.formats.files import File, find_files
+from data_prep.formats.compression import bare_name, codec_of_bytes, inflate
+from data_prep.formats.files import File, find_files, open_file
 from data_prep.formats.remote_errors import describe, explain, is_of_the_network
 from data_prep.formats.rows import format_of
 from data_prep.formats.tables import Row, rows_in
@@ -20,6 +21,8 @@ from ouro_megatron.errors import DataError
 _ROWS = 1000
 """Rows taken at one time from a dataset on disk, where their text stays."""
 _STREAMED_ROWS = 100
+_OF_THE_LIBRARY = {"columns": None, "encoding": "utf-8", "features": None, "field": None, "filters": None}
+"""Settings of a dataset's card that only the library follows, and what they are where the card says nothing."""
 _LINES = (".jsonl", ".ndjson")
 """Files of these names hold an object a line; .json may be one array."""
 
@@ -57,9 +60,7 @@ class HuggingFaceDataset(TextTable):
         revision = self._commit()
         builder = self._builder(revision)
         files = self._data_files(builder)
-        if files is not None:
-            for _, columns in self.sample_columns(files):
-                self._check([column.name for column in columns])
+        if files is not None and self._hold_text(files):
             return self.units_of(files, target_bytes)
         streamed = self._streamed(builder)
         self._check(list(streamed.column_names or next(iter(streamed), {})))
@@ -137,21 +138,49 @@ class HuggingFaceDataset(TextTable):
 
     def _data_files(self, builder: Any) -> list[File] | None:
         """The split's files, when our readers give the rows that the library would; None when it must read them."""
-        module = type(builder).__module__.rpartition(".")[2]
-        paths = [str(path) for path in (builder.config.data_files or {}).get(self.split, ())]
+        module, config = type(builder).__module__.rpartition(".")[2], builder.config
+        paths = [str(path) for path in (config.data_files or {}).get(self.split, ())]
+        if any(getattr(config, name, None) not in (None, default) for name, default in _OF_THE_LIBRARY.items()):
+            return None
         if not paths or not all(_is_read_here(path, module) for path in paths):
             return None
         folders = dict.fromkeys(path.rpartition("/")[0] for path in paths)
-        listed = [file for folder in folders for file in find_files(self.name, folder, "*", self.storage_options)]
-        found = {file.path: file for file in listed}
-        return [found[path] for path in paths] if found.keys() >= set(paths) else None
+        try:
+            listed = [file for folder in folders for file in find_files(self.name, folder, "*", self.storage_options)]
+            found = {file.path: file for file in listed}
+            if not found.keys() >= set(paths) or (module == "json" and not all(map(self._has_lines, paths))):
+                return None
+        except DataError:  # what the library cannot read either, it says
+            return None
+        return [found[path] for path in paths]
+
+    def _hold_text(self, files: Sequence[File]) -> bool:
+        """Whether the text is one in the files too; the library may turn numbers into text, as the card says.
+
+        Raises DataError for columns that do not fit.
+        """
+        for _, columns in self.sample_columns(files):
+            self._check([column.name for column in columns])
+            if not self.chat and any(column.name == self.text and not column.is_text for column in columns):
+                return False
+        return True
+
+    def _has_lines(self, path: str) -> bool:
+        """Whether a JSON file begins with an object; the library also reads arrays."""
+        with open_file(path, self.storage_options) as stream:
+            head = stream.read(8)
+            stream.seek(0)
+            codec = codec_of_bytes(head)
+            content = stream.read(1 << 16) if codec is None else next(inflate(stream, codec), b"")
+        return content.removeprefix(BOM_UTF8).lstrip().startswith(b"{")
 
     def apart(self, column: str | None) -> Apart | None:
         return super().apart(None if self.chat else column)
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        return () if self.chat else super().wanted
+        """All: filters may ask for any, as of what the library reads."""
+        return ()
 
     def read(self, unit: Unit, report: Report) -> Iterator[Document]:
         if unit.path != self.path:

@@ -11,7 +11,7 @@ from data_prep.formats.files import File, find_files
 from data_prep.formats.gzip_parts import GzipParts
 from data_prep.formats.lines import fields_of, row_of
 from data_prep.formats.long_json import kept_while_used
-from data_prep.sources.base import Document, Fault, Report, Unit, fault_of
+from data_prep.sources.base import Document, Fault, Report, Unit
 from data_prep.sources.tabular import TextTable, is_taken
 from ouro_megatron.errors import DataError
 
@@ -114,7 +114,7 @@ class MapCC(TextTable):
             try:
                 row = row_of(line, apart)
             except (ValueError, RecursionError) as error:
-                report(fault_of(unit.path, line.where, error))
+                report(Fault(unit.path, line.where, str(error)))
                 continue
             if row is None or not self.is_kept(row):
                 continue
@@ -122,7 +122,7 @@ class MapCC(TextTable):
                 try:
                     document = self.document(row, self._keys)
                 except ValueError as error:
-                    report(fault_of(unit.path, line.where, error))
+                    report(Fault(unit.path, line.where, str(error)))
                     continue
                 if is_taken(document, self.take):
                     yield document

@@ -52,7 +52,7 @@ class NemotronSft(TextTable):
         text = row.get(self.text)
         if not isinstance(text, LongText):
             return text_of(row, self.text)
-        check_size("a conversation", text.size, CONVERSATION, self._memory)
+        check_size("a conversation", text.size, CONVERSATION, self.max_document_memory)
         return text.whole()
 
     @abstractmethod

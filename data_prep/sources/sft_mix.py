@@ -50,6 +50,8 @@ class SftMix(SourceBase):
             raise ValueError(f"two sets are called {twice[0]!r}")
         if filtered := [member.name for member in sets if "filters" in member.model_fields_set]:
             raise ValueError(f"set {filtered[0]!r} has filters of its own; give them to the mix")
+        if limited := [member.name for member in sets if "max_document_memory" in member.model_fields_set]:
+            raise ValueError(f"set {limited[0]!r} has a max_document_memory of its own; give it to the mix")
         return sets
 
     def units(self, target_bytes: int) -> list[Unit]:
@@ -73,5 +75,5 @@ class SftMix(SourceBase):
                 for file in member.files():
                     self._own(file.path, number)
         member = self.sets[self._owners[unit.path]]
-        member = member.with_scratch(self._scratch, self._memory)
-        yield from member.model_copy(update={"take": member.take * self.take}).read(unit, report)
+        own = {"take": member.take * self.take, "max_document_memory": self.max_document_memory}
+        yield from member.with_scratch(self._scratch).model_copy(update=own).read(unit, report)

@@ -14,7 +14,7 @@ from data_prep.formats.gzip_parts import GzipParts
 from data_prep.formats.rows import columns_of, format_of, read_rows, split_file
 from data_prep.formats.tables import Column, Row
 from data_prep.long_text import LongText
-from data_prep.sources.base import Document, Report, SourceBase, Unit, fault_of
+from data_prep.sources.base import Document, Fault, Report, SourceBase, Unit
 from ouro_megatron.errors import DataError
 
 _NUMBERED = re.compile(r"^(?P<stem>.*?)-?(?P<index>\d+)-of-(?P<total>\d+)(?P<suffix>.*)$")
@@ -195,7 +195,7 @@ class TextTable(FileSource):
             try:
                 document = self.document(row, self._keys)
             except (ValueError, RecursionError) as error:
-                report(fault_of(unit.path, where, error))
+                report(Fault(unit.path, where, str(error)))
                 continue
             if is_taken(document, share):
                 yield document

@@ -46,41 +46,42 @@ def conversations(root: Path, form: str, longest: int = 9 << 20) -> dict[str, An
     return {"sources": [source], "validation_fraction": 0}
 
 
+def limited(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same with the least limit for each source."""
+    return {**settings, "sources": [{**source, "max_document_memory": LEAST} for source in settings["sources"]]}
+
+
 @pytest.mark.parametrize("form", ["lines", "parquet"])
 def test_conversations(tmp_path: Path, form: str) -> None:
     settings = conversations(tmp_path, form)
     with pytest.raises(DataError, match=r"(?s)2 of \d records.*a conversation of 0\.1 MB .* allows 1 MB"):
-        run(tmp_path, "out", shard_bytes=10**6, max_document_memory=LEAST, **settings)
-    run(tmp_path, "out", shard_bytes=10**6, max_document_memory=LEAST, max_fault_rate=0.4, **settings)
+        run(tmp_path, "out", shard_bytes=10**6, **limited(settings))
+    run(tmp_path, "out", shard_bytes=10**6, max_fault_rate=0.4, **limited(settings))
     assert stats(tmp_path / "out" / "talks").documents == 3
     found = faults(tmp_path, "out", "talks")
-    assert len(found) == 2 and all(fault["too_large"] and "max_document_memory" in fault["reason"] for fault in found)
+    assert len(found) == 2 and all("max_document_memory" in fault["reason"] for fault in found)
     assert "9.4 MB must be held in one piece and takes about 15" in found[1]["reason"] or form == "parquet"
-    manifest = read_manifest(tmp_path / "out" / "talks")
-    assert manifest is not None and manifest["source_counts"]["too_large"] == 2
 
 
-def test_more_memory_is_enough_to_go_on(tmp_path: Path) -> None:
+def test_more_memory_makes_a_source_anew_and_no_other(tmp_path: Path) -> None:
     settings = conversations(tmp_path, "lines", 80_000)
     run(tmp_path, "whole", **settings)
     assert stats(tmp_path / "whole" / "talks").documents == 5
-    # In shards that are not merged yet, of which one needs no second time ...
     other = {"name": "other", "kind": "jsonl", "path": str(tmp_path / "other.jsonl")}
     (tmp_path / "other.jsonl").write_text('{"text": "a b"}\n')
-    both = {**settings, "sources": [other, *settings["sources"]], "keep_parts": True}
-    with pytest.raises(DataError, match="max_fault_rate"):
-        run(tmp_path, "out", max_document_memory=LEAST, **both)
-    before = (next((tmp_path / "out" / ".parts" / "other").iterdir()) / "done.json").stat().st_mtime_ns
-    run(tmp_path, "out", max_document_memory=10**9, **both)
+    few = limited(settings)
+    run(tmp_path, "out", max_fault_rate=1.0, **{**few, "sources": [other, *few["sources"]]})
+    assert stats(tmp_path / "out" / "talks").documents == 3
+    said = run(tmp_path, "out", **{**settings, "sources": [other, *settings["sources"]]})
+    assert "other: up to date" in said and "talks: up to date" not in said
     assert content(tmp_path, "out")["talks.bin"] == content(tmp_path, "whole")["talks.bin"]
-    assert (next((tmp_path / "out" / ".parts" / "other").iterdir()) / "done.json").stat().st_mtime_ns == before
-    # ... and in what was finished without them.
-    run(tmp_path, "few", max_document_memory=LEAST, max_fault_rate=1.0, **settings)
-    assert stats(tmp_path / "few" / "talks").documents == 3
-    assert run(tmp_path, "few", max_document_memory=LEAST, max_fault_rate=1.0, **settings) == ["talks: up to date"]
-    run(tmp_path, "few", max_document_memory=10**9, **settings)
-    assert content(tmp_path, "few") == content(tmp_path, "whole")
-    assert run(tmp_path, "few", max_document_memory=LEAST, **settings) == ["talks: up to date"]
+
+
+def test_what_a_filter_leaves_out_is_no_fault(tmp_path: Path) -> None:
+    settings = conversations(tmp_path, "lines", 80_000)
+    run(tmp_path, "out", filters={"max_characters": 1000}, **limited(settings))
+    manifest = read_manifest(tmp_path / "out" / "talks")
+    assert manifest is not None and manifest["source_counts"]["left_out"] == {"long": 2}
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_a_tokenizer_that_takes_whole_texts(tmp_path: Path, where: str) -> None:
         (raw / f"{number}.txt").write_text(text)
     source = {"name": "texts", "kind": "text_folder", "path": str(raw)}
     settings: dict[str, Any] = {"sources": [source], "validation_fraction": 0, "max_fault_rate": 1.0}
-    run(tmp_path, "out", max_document_memory=LEAST, **settings)
+    run(tmp_path, "out", **limited(settings))
     (fault,) = faults(tmp_path, "out", "texts")
     assert "a text that this tokenizer takes as a whole of 0.0 MB" in fault["reason"]
     (raw / f"{texts.index('a long text, ' * 700)}.txt").unlink()
@@ -132,7 +133,7 @@ def test_a_text_of_one_word(tmp_path: Path, path: str) -> None:
         (tmp_path / "test.txt").write_text("one two three\n")
         settings["filters"] = {"decontaminate": {"files": [str(tmp_path / "test.txt")], "ngram": 3}}
     settings["sources"] = [{"name": "genes", "kind": "text_folder", "path": str(tmp_path / "genes")}]
-    run(tmp_path, "out", max_document_memory=LEAST, **settings)
+    run(tmp_path, "out", **limited(settings))
     (fault,) = faults(tmp_path, "out", "genes")
     assert "a text without" in fault["reason"] and stats(tmp_path / "out" / "genes").documents == 1
     run(tmp_path, "out", **settings)
@@ -145,7 +146,7 @@ def test_what_a_row_holds_beside_its_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"name": "texts", "kind": "jsonl", "path": str(tmp_path / "a.jsonl")}
     settings: dict[str, Any] = {"sources": [source], "validation_fraction": 0, "max_fault_rate": 1.0}
-    run(tmp_path, "out", max_document_memory=LEAST, shard_bytes=10**7, **settings)
+    run(tmp_path, "out", shard_bytes=10**7, **limited(settings))
     (fault,) = faults(tmp_path, "out", "texts")
     assert "what the line holds beside its text of 5.0 MB" in fault["reason"] and fault["where"] == "line 1, byte 0"
 
@@ -157,7 +158,7 @@ def test_a_page_that_pyarrow_must_unpack(tmp_path: Path, monkeypatch: pytest.Mon
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1, compression="brotli")
     source = {"name": "texts", "kind": "parquet", "path": str(tmp_path / "a.parquet")}
     settings: dict[str, Any] = {"sources": [source], "validation_fraction": 0, "max_fault_rate": 1.0}
-    run(tmp_path, "out", max_document_memory=LEAST, **settings)
+    run(tmp_path, "out", **limited(settings))
     (fault,) = faults(tmp_path, "out", "texts")
     assert "row group 1: a page of column 'text' of 0.3 MB" in fault["reason"] and fault["where"] == "row 1"
     assert stats(tmp_path / "out" / "texts").documents == 2

@@ -14,6 +14,7 @@ from data_prep import safe_cuts
 from data_prep.chat import ChatEncoder
 from data_prep.encode import PlainEncoder
 from data_prep.long_text import long_text
+from data_prep.memory import TooLargeError
 from data_prep.safe_cuts import can_be_cut, parts
 from ouro_megatron.data.tokenizer import load_tokenizer
 from tests.data_prep.test_byte_level import EOD, chain, save, stdlib, trained
@@ -117,6 +118,14 @@ def test_a_long_text_in_parts(plain: PlainEncoder, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("name", WHOLE)
 def test_others_are_not_cut(base: Path, tmp_path: Path, name: str) -> None:
     assert not can_be_cut((changed(base, tmp_path, WHOLE[name]) / "tokenizer.json").read_text())
+
+
+def test_what_a_part_may_take() -> None:
+    """Counted is what cannot be cut, not the piece that came."""
+    words = "a word. " * 130_000
+    assert "".join(parts([words, words], 20_000_000)) == words * 2
+    with pytest.raises(TooLargeError, match=r"without a place to cut it at of 0\.2 MB"):
+        list(parts(["-" * 100_000] * 3, 20_000_000))
 
 
 def test_a_text_without_places() -> None:

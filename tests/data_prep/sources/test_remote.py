@@ -189,6 +189,27 @@ def test_datasets_of_data_files(tmp_path: Path, kind: str) -> None:
     assert len(units) > 1 or kind not in ("parquet", "jsonl")
 
 
+def test_what_a_card_says_of_its_files_is_followed(tmp_path: Path) -> None:
+    """By the library, which reads them then: filters, numbers that become text, lines that are none."""
+    pq.write_table(pa.table({"text": ["one", "two"], "keep": [1, 0], "n": [1, 2]}), tmp_path / "a.parquet")
+    settings = {"kind": "datasets", "path": str(tmp_path)}
+    assert all(unit.path != str(tmp_path) for unit in source_of(settings).units(1))
+    (document, _), _ = read_all(settings)
+    assert document.fields["keep"] == 1  # a filter may ask for it
+    card = "configs:\n- config_name: default\n  data_files: a.parquet\n"
+    (tmp_path / "README.md").write_text(f"---\n{card}  filters: [[keep, ==, 1]]\n---\n")
+    assert [document.text for document in read_all(settings)[0]] == ["one"]
+    features = "dataset_info:\n  features:\n  - {name: n, dtype: string}\n  - {name: text, dtype: string}\n"
+    (tmp_path / "README.md").write_text(f"---\n{card}{features}  - {{name: keep, dtype: int64}}\n---\n")
+    assert [document.text for document in read_all({**settings, "text": "n"})[0]] == ["1", "2"]
+
+
+def test_lines_that_are_an_array_are_the_librarys(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
+    documents, faults = read_all({"kind": "datasets", "path": str(tmp_path)})
+    assert [document.text for document in documents] == ["one", "two"] and not faults
+
+
 def test_datasets_streams_and_conversations(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
