@@ -80,6 +80,7 @@ def reference_free(model: ReferenceLoopLM, folder: Path, loop: int) -> list[str]
     return texts
 
 
+@pytest.mark.slow
 def test_tasks_at_several_exits(folder: Path, tmp_path: Path) -> None:
     model = reference()
     tasks = write_tasks(tmp_path / "tasks")
@@ -127,6 +128,7 @@ def test_two_tensor_parallel_ranks_agree_with_one(folder: Path) -> None:
     assert first == second == reference_free(reference(), folder, 3)
 
 
+@pytest.mark.slow
 def test_the_harness_own_command(folder: Path, tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path / "tasks")
     words = [sys.executable, "-c", "from ouro_megatron.cli import main; main()", "lm_eval", "--model", "ouro_megatron"]

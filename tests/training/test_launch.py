@@ -20,7 +20,7 @@ from ouro_megatron.telemetry.records import StepRecord
 from tests.distributed.ranks import free_port
 from tests.tiny import tiny_recipe
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 OURO = Path(sys.executable).with_name("ouro")
 ENDLESS: dict[str, Any] = {"budget": {"total": "5000 steps"}, "checkpoint": {"every": "1000 steps"}}
 

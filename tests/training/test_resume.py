@@ -14,7 +14,7 @@ from ouro_megatron.training.stage import run_stage
 from tests.distributed.ranks import run_ranks
 from tests.tiny import tiny_recipe
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1x1": {},

@@ -114,6 +114,7 @@ def test_what_counts_is_what_the_assistant_says(folder: Path) -> None:
     assert counted > 20 * len(answer)
 
 
+@pytest.mark.slow
 def test_it_learns_the_answers_on_two_ranks_and_goes_on_where_it_stopped(folder: Path) -> None:
     curve, held_out = train(folder, 2, "straight", {"data": 2})
     # Answers hold no surprise, questions do: a loss near 0 can only be of the answers.

@@ -164,6 +164,7 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(OURO), *map(str, words)], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path: Path) -> None:
     folder = write_published(tmp_path / "published", dict(reference().state_dict()))
     imported = run("import", folder, tmp_path / "imported")
