@@ -8,8 +8,8 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from data_prep.dedup import save_sorted
 from data_prep.document_encoder import DocumentEncoder
 from data_prep.encode import open_tokenizer
 from data_prep.filters import DocumentFilters, Filters, NgramList
+from data_prep.long_text import LONG, long_text
 from data_prep.memory import TooLargeError
 from data_prep.pool import Pulse, Work
 from data_prep.sources.base import Document, Fault, Unit
@@ -229,9 +230,21 @@ class _Shard:
                 if reason is not None:
                     self.left_out[reason] += 1
                 else:
-                    yield _Read(document, hashed, size, unit.path, place)
+                    with self._spilled(document, size) as kept:
+                        yield _Read(kept, hashed, size, unit.path, place)
                 self._beat()
             self.units.append({**asdict(unit), "documents": count, "digest": digest.hexdigest()})
+
+    @contextmanager
+    def _spilled(self, document: Document, size: int) -> Iterator[Document]:
+        """A text that its reader held although it is long goes to a file, for the encoder not to hold it as well."""
+        if size <= LONG or document.messages is not None or document.loss_spans is not None or not document.text:
+            yield document
+            return
+        text = document.text
+        pieces = (text[at : at + LONG].encode() for at in range(0, len(text), LONG))
+        with closing(long_text(pieces, self.folder)) as spilled:
+            yield replace(document, text="", long_text=spilled)
 
     def _reason(self, document: Document, size: int) -> str | None:
         """Why the document is left out. Raises TooLargeError when it would stay and must be held, all `size` bytes."""

@@ -11,7 +11,7 @@ from data_prep.formats.compression import Damaged, codec_of, codec_of_bytes, inf
 from data_prep.formats.files import File, Options, byte_ranges, open_file, pieces
 from data_prep.formats.long_json import parse_long_object, short_parts
 from data_prep.long_text import LONG, Spilled
-from data_prep.memory import CONVERSATION, Apart, check_size
+from data_prep.memory import HELD, Apart, check_size
 from data_prep.sources.base import Fault, Report, Unit
 
 try:
@@ -83,7 +83,7 @@ class _Begun:
 
     def __init__(self, scratch: Path | None, memory: int | None) -> None:
         self._scratch = scratch
-        self._longest = LONGEST_LINE if memory is None else min(LONGEST_LINE, memory // CONVERSATION)
+        self._longest = LONGEST_LINE if memory is None else min(LONGEST_LINE, memory // HELD)
         self._memory = memory
         self._pieces: list[bytes] = []
         self._spilled: Spilled | None = None
@@ -108,7 +108,7 @@ class _Begun:
         if self.size > LONGEST_LINE:
             raise ValueError(f"a line of {self.size:,} bytes")
         if self.size > self._longest and self._memory is not None:
-            check_size("a conversation", self.size, CONVERSATION, self._memory)
+            check_size("a line", self.size, HELD, self._memory)
 
     def line(self, number: int, at: int, unit: Unit) -> Line:
         return Line(number if unit.start == 0 else None, at, b"".join(self._pieces), self._spilled)

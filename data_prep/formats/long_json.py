@@ -20,6 +20,7 @@ _LONG_STRING = LONG // 4
 _STRETCH = 1 << 22
 _LONGEST_ESCAPE = 6
 """Bytes of \\uXXXX."""
+_BESIDE = "what the line holds beside its text"
 _HIGH_HALF = re.compile(rb"\\u[dD][89abAB]")
 """Of a surrogate pair."""
 
@@ -50,14 +51,14 @@ def parse_long_object(line: Spilled, apart: Apart, parse: Parse, parse_row: Pars
     """
     with line.mapped() as mapped:
         marks: dict[str, tuple[int, int]] = {}
-        row = parse_row(b"".join(_short_parts(mapped, marks)))
+        short = b"".join(_short_parts(mapped, marks))
+        check_size(_BESIDE, len(short), HELD, apart.memory)
+        row = parse_row(short)
         if row is None:
             return None
         text = None if apart.column is None else row.get(apart.column)
         chosen = marks.pop(text, None) if isinstance(text, str) else None
-        check_size(
-            "what the line holds beside its text", sum(end - start for start, end in marks.values()), HELD, apart.memory
-        )
+        check_size(_BESIDE, sum(end - start for start, end in marks.values()), HELD, apart.memory)
         others = {mark: "".join(_decoded(mapped, *place, parse)) for mark, place in marks.items()}
         row = _put_back(row, others) if others else row
         if chosen is None:

@@ -16,14 +16,14 @@ from data_prep.formats.tables import (
     Row,
     arrow_package,
     columns_of,
-    held_bytes,
     rows_in,
     runs_of,
     short_reason,
 )
 from data_prep.long_text import LongText
-from data_prep.memory import HELD, PAGE, Apart, check_size
+from data_prep.memory import DOCUMENT_MEMORY, PAGE, Apart, TooLargeError, check_size
 from data_prep.sources.base import Fault, Report, Unit
+from ouro_megatron.errors import DataError
 
 
 def parquet_columns(file: File, options: Options) -> list[Column] | None:
@@ -111,17 +111,28 @@ class _RowGroup:
     def _from_large(self, stream: BinaryIO, names: Sequence[str], report: Report, apart: Apart) -> Iterator[Row]:
         column = apart.column if apart.column in names else None
         pages = None if column is None else self._long_pages(stream, column)
-        self._check_pages(stream, [name for name in names if pages is None or name != column], apart.memory)
+        self._check_pages(
+            stream, [name for name in names if pages is None or name != column], max(apart.memory, DOCUMENT_MEMORY)
+        )
         if column is None or pages is None:
             yield from self._from_batches(names, report, apart)
         else:
             yield from self._from_pages(stream, names, column, report, apart, pages)
 
     def _check_pages(self, stream: BinaryIO, names: Sequence[str], memory: int) -> None:
-        """Raises TooLargeError when pyarrow would have to unpack a page that takes more than `memory`."""
+        """Raises DataError when pyarrow would have to unpack a page that takes more than `memory`.
+
+        Not a fault: a page may hold any number of documents, none of them too long.
+        """
         for chunk in self._chunks_of(names):
             if chunk.total_uncompressed_size * PAGE > memory:
-                check_size(f"a page of column {chunk.path_in_schema!r}", longest_page(stream, chunk), PAGE, memory)
+                what = f"a page of column {chunk.path_in_schema!r}"
+                try:
+                    check_size(what, longest_page(stream, chunk), PAGE, memory)
+                except TooLargeError as error:
+                    raise DataError(
+                        f"{self._path}, row group {self._index}: {error}. Raise it for this source"
+                    ) from error
 
     def _chunks_of(self, names: Sequence[str]) -> list[Any]:
         return [chunk for chunk in self._chunks if chunk.path_in_schema.split(".")[0] in names]
@@ -158,7 +169,7 @@ class _RowGroup:
     ) -> Iterator[Row]:
         number = next(n for n, chunk in enumerate(self._chunks) if chunk.path_in_schema == column)
         optional = self._table.schema.column(number).max_definition_level == 1
-        rest = self._other_values([name for name in names if name != column], apart)
+        rest = self._other_values([name for name in names if name != column])
         for text in texts(stream, pages, self._chunks[number].compression, apart.folder, optional=optional):
             values = next(rest, None)
             if values is None:
@@ -176,25 +187,23 @@ class _RowGroup:
                     text.close()
             self._done += 1
 
-    def _other_values(self, names: Sequence[str], apart: Apart) -> Iterator[dict[str, Any] | ValueError]:
+    def _other_values(self, names: Sequence[str]) -> Iterator[dict[str, Any] | ValueError]:
         """The values of other columns, row by row; the error of a row that cannot be had."""
         if not names:
             while True:
                 yield {}
         for batch in self._batches(names):
             try:
-                check_size("a batch of rows", held_bytes(batch, apart), HELD, apart.memory)
                 columns = [batch.column(name).to_pylist() for name in names]
             except ValueError:
-                yield from self._one_by_one(batch, names, apart)
+                yield from self._one_by_one(batch, names)
             else:
                 yield from (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
 
     @staticmethod
-    def _one_by_one(batch: Any, names: Sequence[str], apart: Apart) -> Iterator[dict[str, Any] | ValueError]:
+    def _one_by_one(batch: Any, names: Sequence[str]) -> Iterator[dict[str, Any] | ValueError]:
         for index in range(batch.num_rows):
             try:
-                check_size("a row", held_bytes(batch.slice(index, 1), apart), HELD, apart.memory)
                 yield {name: batch.column(name)[index].as_py() for name in names}
             except ValueError as error:
                 yield error

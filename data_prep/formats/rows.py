@@ -103,7 +103,7 @@ def _json_rows(unit: Unit, report: Report, options: Options, apart: Apart | None
     for line in lines:
         try:
             found = row_of(line, apart)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             report(Fault(unit.path, line.where, str(error)))
             continue
         if found is not None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from data_prep.formats.files import File
 from data_prep.formats.long_json import kept_while_used
 from data_prep.long_text import LONG, long_text
-from data_prep.memory import HELD, Apart, check_size
+from data_prep.memory import Apart
 from data_prep.sources.base import Fault, Report, Unit
 from ouro_megatron.errors import DataError
 
@@ -75,7 +75,7 @@ def rows_in(path: str, batch: Any, first: int, report: Report, apart: Apart | No
 def _rows_of(path: str, batch: Any, first: int, report: Report, apart: Apart | None) -> Iterator[Row]:
     """Rows of one batch; one whose text is not UTF-8 is reported."""
     names = batch.schema.names
-    if apart is not None and (_has_long(batch, apart.column) or held_bytes(batch, apart) * HELD > apart.memory):
+    if apart is not None and _has_long(batch, apart.column):
         yield from _one_by_one(path, batch, first, report, apart)
         return
     try:
@@ -85,22 +85,6 @@ def _rows_of(path: str, batch: Any, first: int, report: Report, apart: Apart | N
         return
     for index, values in enumerate(zip(*columns, strict=True)):
         yield Row(f"row {first + index}", dict(zip(names, values, strict=True)))
-
-
-def held_bytes(batch: Any, apart: Apart) -> int:
-    """Bytes of what is not kept in files."""
-    columns = zip(batch.schema.names, batch.columns, strict=True)
-    return sum(_nbytes(column) for name, column in columns if name != apart.column)
-
-
-def _nbytes(column: Any) -> int:
-    """Of a slice of a dictionary or of views pyarrow counts all that the whole refers to."""
-    types = arrow_package().types
-    if types.is_dictionary(column.type):
-        return _nbytes(column.dictionary_decode())
-    if types.is_string_view(column.type) or types.is_binary_view(column.type):
-        return _nbytes(column.cast(arrow_package().large_binary()))
-    return int(column.nbytes)
 
 
 def _has_long(batch: Any, column: str | None) -> bool:
@@ -118,8 +102,6 @@ def _has_long(batch: Any, column: str | None) -> bool:
 def _one_by_one(path: str, batch: Any, first: int, report: Report, apart: Apart | None) -> Iterator[Row]:
     for index in range(batch.num_rows):
         try:
-            if apart is not None:
-                check_size("a row", held_bytes(batch.slice(index, 1), apart), HELD, apart.memory)
             values = {name: _value(batch, name, index, apart) for name in batch.schema.names}
         except ValueError as error:
             report(Fault(path, f"row {first + index}", str(error)))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from data_prep.filters import DocumentFilters
 from data_prep.long_text import LongText
-from data_prep.memory import DOCUMENT_MEMORY, Apart
+from data_prep.memory import DOCUMENT_MEMORY, LEAST_MEMORY, Apart
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class SourceBase(BaseModel):
     """Output files are called this."""
     filters: DocumentFilters = DocumentFilters()
     """What this source sets here stands in for the recipe's filters."""
-    max_document_memory: Annotated[int, Field(ge=1_000_000)] = DOCUMENT_MEMORY
+    max_document_memory: Annotated[int, Field(ge=LEAST_MEMORY)] = DOCUMENT_MEMORY
     """Bytes of memory that a document may take where it must be held in one piece, such as a conversation: larger ones
     are faults. Texts are not held."""
     _scratch: Path | None = PrivateAttr(default=None)

@@ -7,8 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data_prep.formats.compression import bare_name, codec_of_bytes, inflate
-from data_prep.formats.files import File, find_files, open_file
+from data_prep.formats.compression import Damaged, bare_name, codec_of_bytes, inflate
+from data_prep.formats.files import File, find_files, is_url, open_file, pieces
 from data_prep.formats.remote_errors import describe, explain, is_of_the_network
 from data_prep.formats.rows import format_of
 from data_prep.formats.tables import Row, rows_in
@@ -145,12 +145,9 @@ class HuggingFaceDataset(TextTable):
         if not paths or not all(_is_read_here(path, module) for path in paths):
             return None
         folders = dict.fromkeys(path.rpartition("/")[0] for path in paths)
-        try:
-            listed = [file for folder in folders for file in find_files(self.name, folder, "*", self.storage_options)]
-            found = {file.path: file for file in listed}
-            if not found.keys() >= set(paths) or (module == "json" and not all(map(self._has_lines, paths))):
-                return None
-        except DataError:  # what the library cannot read either, it says
+        listed = [file for folder in folders for file in find_files(self.name, folder, "*", self.storage_options)]
+        found = {file.path: file for file in listed}
+        if not found.keys() >= set(paths) or (module == "json" and not self._has_lines(paths[0])):
             return None
         return [found[path] for path in paths]
 
@@ -166,13 +163,17 @@ class HuggingFaceDataset(TextTable):
         return True
 
     def _has_lines(self, path: str) -> bool:
-        """Whether a JSON file begins with an object; the library also reads arrays."""
+        """Whether a JSON file begins with no array, which only the library reads as rows."""
         with open_file(path, self.storage_options) as stream:
             head = stream.read(8)
             stream.seek(0)
             codec = codec_of_bytes(head)
-            content = stream.read(1 << 16) if codec is None else next(inflate(stream, codec), b"")
-        return content.removeprefix(BOM_UTF8).lstrip().startswith(b"{")
+            content = pieces(stream, 1 << 16) if codec is None else inflate(stream, codec)
+            try:
+                first = next((piece for piece in content if piece.strip()), b"")
+            except Damaged:  # reading it tells
+                return True
+        return not first.removeprefix(BOM_UTF8).lstrip().startswith(b"[")
 
     def apart(self, column: str | None) -> Apart | None:
         return super().apart(None if self.chat else column)
@@ -239,4 +240,6 @@ def _library() -> Any:
 def _is_read_here(path: str, module: str) -> bool:
     """Whether a file that this module of the library's would read is one of ours."""
     kind = format_of(path)
+    if is_url(path) and not path.startswith("hf://"):
+        return False
     return module == kind and (kind != "json" or bare_name(path).endswith(_LINES))

@@ -148,15 +148,3 @@ def test_a_long_value_is_read_where_it_lies(
         long = found[-1] is not None and len(found[-1].encode()) > 5
         assert isinstance(value, LongText) == (long and layout in PLAIN_LAYOUTS)
     assert found == texts[start:]
-
-
-@pytest.mark.parametrize("kind", [pa.string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
-def test_a_row_counts_for_what_it_holds(tmp_path: Path, kind: pa.DataType) -> None:
-    """Not for what its column refers to as a whole, as pyarrow counts slices of views and dictionaries."""
-    pages = [f"{number:4d}" * 500 for number in range(300)]
-    pages[7] = "z" * 200_000
-    batch = pa.record_batch({"text": [f"t{n}" for n in range(300)], "html": pa.array(pages, kind)})
-    faults: list[Fault] = []
-    rows = list(tables.rows_in("file", batch, 0, faults.append, Apart("text", tmp_path, 1_000_000)))
-    assert [row.values["text"] for row in rows] == [f"t{n}" for n in range(300) if n != 7]
-    assert [fault.where for fault in faults] == ["row 7"] and "a row of 0.2 MB" in faults[0].reason

@@ -1,5 +1,6 @@
 """Sources behind fsspec URLs, reads that fail for a while, and the `datasets` library."""
 
+import bz2
 import gzip
 import json
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from data_prep.fixtures import make_fixture
@@ -161,7 +163,7 @@ def test_a_text_that_is_no_utf8_in_a_dataset(tmp_path: Path) -> None:
     assert [fault.where for fault in faults] == ["row 1"] and "0xff" in faults[0].reason
 
 
-@pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl", "jsonl.gz", "json", "csv"])
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl", "jsonl.gz", "jsonl.zst", "jsonl.bz2", "json", "csv"])
 def test_datasets_of_data_files(tmp_path: Path, kind: str) -> None:
     """Files that our readers know are theirs, in ranges; the library streams the others. The rows are the same."""
     rows = [{"text": f"document {number}, é", "url": f"u{number}"} for number in range(60)]
@@ -180,7 +182,8 @@ def test_datasets_of_data_files(tmp_path: Path, kind: str) -> None:
             file.write_text(json.dumps(rows))
         else:
             content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-            file.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+            pack = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress}.get(kind.rpartition(".")[2])
+            file.write_bytes(content if pack is None else pack(content))
     settings = {"kind": "datasets", "path": str(tmp_path)}
     found, faults = read_all(settings, 1000)
     assert [(d.text, d.key) for d in found] == [(row["text"], row["url"]) for row in rows] and not faults
@@ -208,6 +211,14 @@ def test_lines_that_are_an_array_are_the_librarys(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
     documents, faults = read_all({"kind": "datasets", "path": str(tmp_path)})
     assert [document.text for document in documents] == ["one", "two"] and not faults
+
+
+def test_a_broken_file_of_a_dataset_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "good"}\n'))
+    documents, faults = read_all({"kind": "datasets", "path": str(tmp_path)})
+    assert [document.text for document in documents] == ["good"]
+    assert [fault.path for fault in faults] == [str(tmp_path / "a.jsonl.gz")]
 
 
 def test_datasets_streams_and_conversations(tmp_path: Path) -> None:
