@@ -3,7 +3,7 @@
 import bz2
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -182,8 +182,12 @@ def test_datasets_of_data_files(tmp_path: Path, kind: str) -> None:
             file.write_text(json.dumps(rows))
         else:
             content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-            pack = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress}.get(kind.rpartition(".")[2])
-            file.write_bytes(content if pack is None else pack(content))
+            packed: dict[str, Callable[[bytes], bytes]] = {
+                "jsonl.gz": gzip.compress,
+                "jsonl.bz2": bz2.compress,
+                "jsonl.zst": zstandard.compress,
+            }
+            file.write_bytes(packed[kind](content) if kind in packed else content)
     settings = {"kind": "datasets", "path": str(tmp_path)}
     found, faults = read_all(settings, 1000)
     assert [(d.text, d.key) for d in found] == [(row["text"], row["url"]) for row in rows] and not faults
