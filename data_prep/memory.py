@@ -9,7 +9,7 @@ DOCUMENT_MEMORY = 1_000_000_000
 LEAST_MEMORY = 150_000_000
 """A batch of 1 MB of ordinary text takes 110 MB of it where `tokenizers` does the work."""
 
-# Bytes of memory for each byte, as `python -m benchmarks.long_documents` measures them.
+# Bytes of memory for each byte: the first three were measured (docs/results/data.md), HELD is an estimate from above.
 CONVERSATION = 16
 """Its turns, twice what the template makes of them, ids. Half of that in plain ASCII, but with one emoji in it Python
 holds four bytes for each character."""

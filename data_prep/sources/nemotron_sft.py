@@ -19,7 +19,10 @@ _THINK = "\n\n<think>"
 
 
 class NemotronSft(TextTable):
-    """One folder of the corpus. `roles` recovers the turns; a text they cannot be found in stays plain text."""
+    """One folder of the corpus. `roles` recovers the turns; a text they cannot be found in stays plain text.
+
+    With `roles` a text that is too long for a conversation (`max_document_memory`) is a fault, whatever is in it.
+    """
 
     pattern: str = "**/*.parquet"
     roles: bool = True
